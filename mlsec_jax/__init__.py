@@ -1,0 +1,6 @@
+"""Machine-learning security in JAX: what an attacker or a defender does is a function you can compose and differentiate."""
+
+from mlsec_jax.base import Algorithm, Data, Known, Threat, Trainer, dataset
+
+__version__ = "0.1.0"
+__all__ = ["Algorithm", "Data", "Known", "Threat", "Trainer", "dataset"]

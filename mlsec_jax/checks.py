@@ -1,0 +1,81 @@
+"""Tiny validators: they say what was expected, what came, and the argument's name. They skip tracers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether the value can be looked at now (it is not a tracer)."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def at_least(name: str, value: Any, low: float) -> None:
+    """Raises unless `value >= low`; NaN fails. Tracers pass."""
+    if is_concrete(value) and not np.all(np.asarray(value) >= low):
+        raise ValueError(f"{name}: expected at least {low}, got {value}.")
+
+
+def above(name: str, value: Any, low: float) -> None:
+    """Raises unless `value > low`; NaN fails. Tracers pass."""
+    if is_concrete(value) and not np.all(np.asarray(value) > low):
+        raise ValueError(f"{name}: expected more than {low}, got {value}.")
+
+
+def between(name: str, value: Any, low: float, high: float) -> None:
+    """Raises unless `low <= value <= high`; NaN fails. Tracers pass."""
+    if is_concrete(value):
+        array = np.asarray(value)
+        if not np.all((array >= low) & (array <= high)):
+            raise ValueError(f"{name}: expected between {low} and {high}, got {value}.")
+
+
+def one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
+    """Raises unless the value is one of the options."""
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}.")
+
+
+def count(name: str, value: Any, low: int = 0) -> None:
+    """Raises unless the value is a Python integer of at least `low` (counts are static)."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+        raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}.")
+
+
+def data(name: str, value: Any, num_classes: int | None = None) -> None:
+    """Raises on NaN, labels out of range, negative weights, or no row of positive weight. Host border only.
+
+    Rows of weight 0 may hold anything: they are absent.
+
+    Args:
+      name: the argument's name, for the message.
+      value: a `Data`.
+      num_classes: if given, integer labels must lie in `[0, num_classes)` and each class must have a row.
+    """
+    if not is_concrete(value):
+        return
+    weight = np.asarray(value.weight)
+    if not np.all(np.isfinite(weight)) or np.any(weight < 0):
+        raise ValueError(f"{name}.weight: expected finite and non-negative, got {weight.min()} to {weight.max()}.")
+    present = weight > 0
+    if not present.any():
+        raise ValueError(f"{name}: expected at least one row of positive weight, got none in {weight.size} rows.")
+    for leaf in jax.tree.leaves(value.x):
+        bad = ~np.isfinite(np.asarray(leaf)[present].reshape(present.sum(), -1)).all(axis=1)
+        if bad.any():
+            row = np.flatnonzero(present)[np.flatnonzero(bad)[0]]
+            raise ValueError(f"{name}.x: expected finite values, got NaN or infinity in {bad.sum()} rows (first: {row}).")
+    labels = np.asarray(value.y)[present]
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise ValueError(f"{name}.y: expected finite values, got NaN or infinity.")
+    if num_classes is not None and labels.dtype.kind in "iu":
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(
+                f"{name}.y: expected labels in [0, {num_classes}), got {labels.min()} to {labels.max()}."
+            )
+        empty = np.setdiff1d(np.arange(num_classes), labels)
+        if empty.size:
+            raise ValueError(f"{name}.y: expected at least one row of each class, got none of {empty.tolist()}.")
