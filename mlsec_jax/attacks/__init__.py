@@ -1,5 +1,6 @@
 """Attacks: assemblies of threats, trainers and losses, one published method a file."""
 
 from mlsec_jax.attacks._bilevel import bilevel, greedy, joint, require_alive, unit_rows
+from mlsec_jax.attacks._svm_kkt import svm_kkt
 
-__all__ = ["bilevel", "greedy", "joint", "require_alive", "unit_rows"]
+__all__ = ["bilevel", "greedy", "joint", "require_alive", "svm_kkt", "unit_rows"]
