@@ -123,7 +123,7 @@ def ridge_solution(data: base.Data, l2: float) -> dict[str, jax.Array]:
     Returns:
       `{"w": [d], "b": []}`.
 
-    Reference: the learner of Xiao et al., ICML 2015, eq. (1), with Ω = ½‖w‖².
+    Reference: the ridge learner of Xiao et al., ICML 2015 (penalty ½‖w‖², squared loss halved).
 
     >>> data, truth = linear_regression(jax.random.key(0), num_rows=20, dim=3, noise=0.0)
     >>> bool(jnp.allclose(ridge_solution(data, 0.0)["w"], truth["w"], atol=1e-4))
