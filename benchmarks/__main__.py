@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise SystemExit("error: the benchmarks need more packages: pip install 'mlsec_jax[bench]'") from error
 from rich.console import Console
 from rich.table import Table
 
