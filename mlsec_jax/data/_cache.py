@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -29,14 +28,14 @@ def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes the arrays so that `path` never holds half a file: to a temporary name beside it, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # mkstemp's would be readable by its owner only
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             # np.savez's own parameters are `file` and `allow_pickle`; no array here is called so.
             np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

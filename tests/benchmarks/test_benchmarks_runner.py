@@ -61,6 +61,8 @@ def test_record_holds_exactly_the_promised_fields(fake, tmp_path):
     assert stored["versions"]["jax"] == jax.__version__ and stored["seconds"] >= 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fake.curve.png", "fake.json"]
     assert (tmp_path / "fake.curve.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "plain").write_text("")  # records are as readable as any file written here
+    assert (tmp_path / "fake.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize(
