@@ -66,7 +66,7 @@ def drive(
     Raises:
       OSError: before computing, if the folder cannot be written.
       ValueError: before computing, if the folder holds a checkpoint of another run (name, key, subject, known, the
-        state's structure or, when `exact`, the program) or one past `num_steps`. Nothing in the folder is touched.
+        state's structure or, when `exact`, the program) or one past `num_steps`. No checkpoint is touched.
 
     >>> import jax.numpy as jnp
     >>> from mlsec_jax.base import Known

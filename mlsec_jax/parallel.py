@@ -49,7 +49,7 @@ def spread(
     *,
     mesh: Mesh | None = None,
     inner: str | int = "auto",
-    in_axes: int | None | Sequence[int | None] = 0,
+    in_axes: int | Sequence[int | None] | None = 0,
 ) -> Callable[..., Any]:
     """Maps `fn` over the leading axis of its arguments, spread over the devices of a mesh.
 
@@ -98,7 +98,7 @@ def spread(
 
 
 def chunked(
-    fn: Callable[..., Any], size: int, *, in_axes: int | None | Sequence[int | None] = 0
+    fn: Callable[..., Any], size: int, *, in_axes: int | Sequence[int | None] | None = 0
 ) -> Callable[..., Any]:
     """Maps `fn` over the leading axis of its arguments, `size` rows at a time: `vmap` in the memory of `size` rows.
 
@@ -141,7 +141,8 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
     num_rows = _num_rows((0,), (tree,))
     if num_rows % mesh.size:
         raise ValueError(
-            f"tree: expected a number of rows that {mesh.size} devices divide, got {num_rows} (reserve rows of weight 0)."
+            f"tree: expected a number of rows that {mesh.size} devices divide, got {num_rows} "
+            "(reserve rows of weight 0)."
         )
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
@@ -167,12 +168,12 @@ def _check_inner(inner: str | int) -> None:
         checks.one_of("inner", inner, ("auto", "vmap", "map"))
 
 
-def _check_in_axes(in_axes: int | None | Sequence[int | None]) -> None:
+def _check_in_axes(in_axes: int | Sequence[int | None] | None) -> None:
     for axis in in_axes if isinstance(in_axes, Sequence) else (in_axes,):
         checks.one_of("in_axes", axis, (0, None))
 
 
-def _one_each(in_axes: int | None | Sequence[int | None], args: Sequence[Any]) -> tuple[int | None, ...]:
+def _one_each(in_axes: int | Sequence[int | None] | None, args: Sequence[Any]) -> tuple[int | None, ...]:
     axes = tuple(in_axes) if isinstance(in_axes, Sequence) else (in_axes,) * len(args)
     if len(axes) != len(args):
         raise ValueError(f"in_axes: expected one entry for each of {len(args)} arguments, got {len(axes)}.")
