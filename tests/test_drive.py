@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlsec_jax import combine
 from mlsec_jax import drive as driver
 from mlsec_jax.base import Algorithm, Known
 from mlsec_jax.drive import drive
@@ -67,16 +68,6 @@ def bits(tree):
     return [one(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def one_scan(algorithm, key, subject, known, num_steps):
-    """The convention, as `combine.run` has it."""
-    init_key, step_key = jax.random.split(key)
-
-    def turn(state, k):
-        return algorithm.step(jax.random.fold_in(step_key, k), state, subject, known)
-
-    return jax.lax.scan(turn, algorithm.init(init_key, subject, known), jnp.arange(num_steps))
-
-
 def contents(folder):
     """Path -> digest of every file below the folder."""
     files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
@@ -85,8 +76,8 @@ def contents(folder):
 
 @pytest.mark.parametrize(("make_key", "chunks"), [(jax.random.key, (1, 4, 64)), (jax.random.PRNGKey, (4,))])
 def test_any_chunking_is_one_scan(make_key, chunks):
-    scan = jax.jit(one_scan, static_argnums=(0, 4))
-    expected = scan(noisy_descent(), make_key(3), SUBJECT, KNOWN, 11)
+    scan = jax.jit(combine.run, static_argnums=0, static_argnames="num_steps")
+    expected = scan(noisy_descent(), make_key(3), SUBJECT, KNOWN, num_steps=11)
     for chunk in chunks:
         got = drive(noisy_descent(), make_key(3), SUBJECT, KNOWN, num_steps=11, chunk=chunk)
         assert jax.tree.structure(got) == jax.tree.structure(expected)
