@@ -9,12 +9,6 @@ from mlsec_jax import attacks, bilevel, combine, losses, threat
 from mlsec_jax.base import Known, dataset
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def gaussians(seed, n):
     """Two classes around (∓1.5, 0), deviation 0.6."""
     rng = np.random.default_rng(seed)
@@ -30,7 +24,7 @@ def setting(num_poisons):
 
 
 @pytest.mark.parametrize("kernel", [bilevel.linear(), bilevel.rbf(0.5)], ids=["linear", "rbf"])
-def test_the_attack_raises_the_validation_loss_and_stays_in_the_box(kernel):
+def test_the_attack_raises_the_validation_loss_and_stays_in_the_box(kernel, x64):
     data, known, reach = setting(2)
     attack = attacks.svm_kkt(kernel=kernel, threat=reach, step_size=0.2)
     state, infos = jax.jit(lambda: combine.run(attack, jax.random.key(0), data, known, num_steps=25))()
@@ -46,9 +40,9 @@ def test_the_attack_raises_the_validation_loss_and_stays_in_the_box(kernel):
 def test_greedy_moves_one_point_at_a_time_and_the_outer_loss_is_a_slot():
     data, known, reach = setting(2)
     outer = losses.goal_loss(losses.hinge(bilevel.svm_apply(bilevel.linear())))
-    all_ones = known.replace(goal=known.goal._replace(y=jnp.ones(100, jnp.int32)))
+    all_zeros = known.replace(goal=known.goal._replace(y=jnp.zeros(100, jnp.int32)))
     attack = attacks.svm_kkt(threat=reach, step_size=0.2, order=attacks.greedy(4), outer=outer)
-    state, infos = jax.jit(lambda: combine.run(attack, jax.random.key(0), data, all_ones, num_steps=4))()
+    state, infos = jax.jit(lambda: combine.run(attack, jax.random.key(0), data, all_zeros, num_steps=4))()
     np.testing.assert_array_equal(state.poison[1], data.x[-1])
     assert bool(jnp.any(state.poison[0] != data.x[-2])) and float(infos["outer"][-1]) < float(infos["outer"][0])
 

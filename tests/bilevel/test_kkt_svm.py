@@ -17,12 +17,7 @@ KERNELS = {
     "rbf": (bilevel.rbf(0.5), {"kernel": "rbf", "gamma": 0.5}),
 }
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def problem(n=24, seed=0, d=2):
