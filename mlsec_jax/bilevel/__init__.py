@@ -4,6 +4,7 @@ from mlsec_jax.bilevel._back_gradient import back_gradient
 from mlsec_jax.bilevel._diagnose import diagnose
 from mlsec_jax.bilevel._dp_sgd import dp_gradient
 from mlsec_jax.bilevel._forward import forward
+from mlsec_jax.bilevel._glm import glm, glm_apply, gram
 from mlsec_jax.bilevel._implicit import (
     cg,
     cholesky,
@@ -30,7 +31,10 @@ __all__ = [
     "diagnose",
     "dp_gradient",
     "forward",
+    "glm",
+    "glm_apply",
     "gmres",
+    "gram",
     "implicit",
     "kkt_svm",
     "lbfgs",
