@@ -280,7 +280,7 @@ def _train_backward(setting: _Setting, kept: Any, cotangents: Any) -> tuple[jax.
 _train.defvjp(_train_forward, _train_backward)
 
 
-def _hoist(grad_fn: GradFn, params: Params, args: Any) -> tuple[GradFn, list[Any]]:
+def hoist(grad_fn: GradFn, params: Params, args: Any) -> tuple[GradFn, list[Any]]:
     """The gradient as a function of `(params, step, (args, hoisted))`, with the tracers it closes over in `hoisted`."""
     closed, shape = jax.make_jaxpr(grad_fn, return_shape=True)(params, jnp.int32(0), args)
     treedef = jax.tree.structure(shape)
@@ -366,7 +366,7 @@ def reversible_sgd(
         rate = jnp.asarray(learning_rate).astype(_Flat.of(params).dtype)
         if rate.shape not in ((), (num_steps,)):
             raise ValueError(f"learning_rate: expected a scalar or shape ({num_steps},), got shape {rate.shape}.")
-        pure_fn, hoisted = _hoist(grad_fn, params, args)
+        pure_fn, hoisted = hoist(grad_fn, params, args)
         setting = _Setting(pure_fn, mu, num_steps, fraction_bits)
         return setting, jnp.broadcast_to(rate, (num_steps,)), params, (args, hoisted)
 
