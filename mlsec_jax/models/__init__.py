@@ -1,5 +1,6 @@
 """Networks as pure functions, on one convolution that is as fast in a loop as outside of it."""
 
+from mlsec_jax.models import adapt
 from mlsec_jax.models._conv import conv
 from mlsec_jax.models._dense import linear, logistic_regression, mlp, softmax_regression
 from mlsec_jax.models._ensemble import ensemble
@@ -10,6 +11,7 @@ from mlsec_jax.models._resnet import resnet
 
 __all__ = [
     "Model",
+    "adapt",
     "avg_pool",
     "conv",
     "ensemble",
