@@ -52,7 +52,7 @@ def dataset(x: Any, y: Any, weight: Any = None) -> Data:
     Args:
       x: inputs `[n, ...]`, or a pytree of them.
       y: labels `[n]` or `[n, c]`.
-      weight: `[n]`, or None for ones in the inputs' floating dtype.
+      weight: `[n]`, or None for ones, in the dtype of the first floating input.
 
     Returns:
       The `Data`.
@@ -69,7 +69,8 @@ def dataset(x: Any, y: Any, weight: Any = None) -> Data:
         if leaf.ndim == 0 or y.ndim == 0 or leaf.shape[0] != y.shape[0]:
             raise ValueError(f"x and y: expected the same number of rows, got {leaf.shape} and {y.shape}.")
     if weight is None:
-        weight = jnp.ones(y.shape[:1], jnp.result_type(*[leaf.dtype for leaf in leaves], jnp.float32.dtype))
+        floating = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        weight = jnp.ones(y.shape[:1], floating[0] if floating else jnp.float32)
     weight = jnp.asarray(weight)
     if weight.shape != y.shape[:1]:
         raise ValueError(f"weight: expected shape {y.shape[:1]}, got {weight.shape}.")
@@ -175,10 +176,13 @@ class Trainer(NamedTuple):
       probe: `(key, params, data, cotangent) -> dict`, numbers on the quality of the derivative at `data`:
         `stationarity`, `residual`, `drift`, or an integer `pattern` (active set) that must not change under a
         finite difference.
+      batched: `(during) -> Trainer`, the same trainer with a transform applied to each batch; None when it has no
+        batches.
     """
 
     fit: Callable[[Key, Params, Data], tuple[Params, Info]]
     probe: Callable[[Key, Params, Data, Params], dict[str, jax.Array]] = _no_probe
+    batched: Callable[[Any], Any] | None = None
 
     def __call__(self, key: Key, params: Params, data: Data) -> tuple[Params, Info]:
         """Trains: the same as `fit`."""

@@ -1,0 +1,52 @@
+"""Attacks: assemblies of threats, trainers and losses, one published method a file."""
+
+from mlsec_jax.attacks._bilevel import bilevel, greedy, joint, require_alive, unit_rows
+from mlsec_jax.attacks._influence_images import (
+    Transferred,
+    influence_images,
+    most_influential,
+    on_features,
+    on_features_loss,
+)
+from mlsec_jax.attacks._kkt_sanitized import kkt_sanitized
+from mlsec_jax.attacks._label_flips import flip_alfa, flip_greedy, flip_margin, flip_random
+from mlsec_jax.attacks._linear_regression import linear_regression
+from mlsec_jax.attacks._metapoison import metapoison
+from mlsec_jax.attacks._presets import (
+    availability,
+    error_specific,
+    error_specific_goal,
+    random_other,
+    start_points,
+    swap,
+    targeted,
+    targeted_goal,
+)
+
+__all__ = [
+    "Transferred",
+    "availability",
+    "bilevel",
+    "error_specific",
+    "error_specific_goal",
+    "flip_alfa",
+    "flip_greedy",
+    "flip_margin",
+    "flip_random",
+    "greedy",
+    "influence_images",
+    "joint",
+    "kkt_sanitized",
+    "linear_regression",
+    "metapoison",
+    "most_influential",
+    "on_features",
+    "on_features_loss",
+    "random_other",
+    "require_alive",
+    "start_points",
+    "swap",
+    "targeted",
+    "targeted_goal",
+    "unit_rows",
+]

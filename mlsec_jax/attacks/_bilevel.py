@@ -1,0 +1,176 @@
+"""Poisoning by differentiating through training: the generic attack, from which the presets are assembled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlsec_jax import checks, loop, tree
+from mlsec_jax.base import Algorithm, Data, Info, Key, Known, OuterFn, Threat
+
+Order = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]  # (step, k) -> (present [k], moving [k]) bools
+
+
+def joint() -> Order:
+    """All poisons are there from the start and move together."""
+    return lambda step, k: (jnp.ones(k, bool), jnp.ones(k, bool))
+
+
+def greedy(steps_per_point: int, *, passes: int = 1) -> Order:
+    """One point after another: optimise it, keep it, go on to the next (Muñoz-González et al. 2017; Biggio et al. 2012).
+
+    Args:
+      steps_per_point: static; k points take `passes · k · steps_per_point` steps.
+      passes: after the first pass all points are present, and each moves again while the others rest.
+    """
+    checks.count("steps_per_point", steps_per_point, 1)
+    checks.count("passes", passes, 1)
+
+    def order(step: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        point = step // steps_per_point
+        moving = jnp.arange(k) == point % max(k, 1)
+        return (jnp.arange(k) <= point), moving & (point < passes * k)
+
+    return order
+
+
+def unit_rows(step_size: Any) -> optax.GradientTransformation:
+    """An optax transformation: each poison moves by `step_size` along its own unit gradient, `-η g_i / ‖g_i‖`.
+
+    The step of Biggio et al. (2012) and Muñoz-González et al. (2017); a row with zero gradient rests.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        square = sum(
+            jnp.sum(jnp.square(leaf).reshape(leaf.shape[0], -1), axis=-1) for leaf in jax.tree.leaves(updates)
+        )
+        inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+        scale = lambda leaf: -jnp.asarray(step_size, leaf.dtype) * leaf * tree.per_row(inverse, leaf)
+        return jax.tree.map(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class BilevelState(NamedTuple):
+    """The state of a bilevel attack.
+
+    Attributes:
+      poison: what the threat lets the attacker choose.
+      optimizer: the outer optimiser's state.
+      step: how many steps were taken.
+    """
+
+    poison: Any
+    optimizer: Any
+    step: jax.Array
+
+
+def bilevel(
+    outer: OuterFn,
+    trainer: Any,
+    *,
+    threat: Threat,
+    optimizer: optax.GradientTransformation,
+    order: Order | None = None,
+    fixed_key: bool = True,
+) -> Algorithm:
+    """Optimises training data by differentiating through the victim's training.
+
+    `min_poison outer(θ*(D), D, goal)`, `θ*(D) = trainer(key, θ₀, D)`, `D = threat.embed(poison, clean)`, by projected
+    steps of any optax optimizer on the total derivative (the direct term `∂outer/∂D` included).
+
+    Threat: changes - what `threat` says; sees - the training set, the trainer, θ₀ (`known.params`) and its goal
+    (`known.goal`); budget - the threat's; assumes - the trainer given is the victim's or a surrogate of it.
+
+    Args:
+      outer: `(params, data, goal) -> scalar`, minimised.
+      trainer: `(key, params, data) -> (params, info)`, differentiable in `data`; `combine.defended` makes it adaptive.
+      threat: the attacker's reach.
+      optimizer: on the poison; `unit_rows(η)` is the literature's.
+      order: `joint()` (default) or `greedy(steps_per_point)`; greedy needs a threat with rows that are appended.
+      fixed_key: train with one key throughout (w₀ and batch order fixed, or the objective jumps); False draws a fresh
+        key every step, for victims whose randomness is unknown.
+
+    Returns:
+      An `Algorithm` on training `Data`; info: `outer`, `gradient_norm`, `step_norm`, `alive` (poison rows of positive
+      training weight whose gradient is not zero), `train` (the trainer's info).
+
+    References: Muñoz-González et al., AISec 2017, eq. (3)-(4), algorithm 1. Deviates from the paper in: the
+    projection is the threat's, and all points may move together.
+    """
+    order = joint() if order is None else order
+
+    def points(poison: Any) -> int:
+        return jax.tree.leaves(poison)[0].shape[0] if threat.rows is not None else 1
+
+    def view(poison: Any, subject: Data, step: jax.Array) -> tuple[Data, jax.Array]:
+        """The training set in which only the poisons that are present count, and which of them move."""
+        data = threat.embed(poison, subject)
+        present, moving = order(step, points(poison))
+        if threat.rows is not None:
+            rows = jnp.asarray(threat.rows)
+            weight = data.weight.at[rows].multiply(present.astype(data.weight.dtype))
+            data = data._replace(weight=weight)
+        return data, moving
+
+    def init(key: Key, subject: Data, known: Known) -> BilevelState:
+        checks.data("subject", subject)
+        poison = threat.project(threat.init(key, subject), subject)
+        return BilevelState(poison, optimizer.init(poison), jnp.zeros((), jnp.int32))
+
+    def step(key: Key, state: BilevelState, subject: Data, known: Known) -> tuple[BilevelState, Info]:
+        goal = known.require("goal", by="attacks.bilevel")
+        params = known.require("params", by="attacks.bilevel")
+        train_key = jax.random.key(0) if fixed_key else key
+
+        def objective(poison: Any) -> tuple[jax.Array, Any]:
+            data, moving = view(poison, subject, state.step)
+            trained, info = trainer(train_key, params, data)
+            return outer(trained, data, goal), (info, moving, data.weight)
+
+        (value, (info, moving, weight)), gradient = jax.value_and_grad(objective, has_aux=True)(state.poison)
+        alive = jnp.asarray(points(state.poison))
+        if threat.rows is not None:
+            rows = jnp.asarray(threat.rows)
+            gradient = jax.tree.map(lambda g: jnp.where(tree.per_row(moving, g), g, 0), gradient)
+            nonzero = [jnp.any(g.reshape(g.shape[0], -1) != 0, axis=-1) for g in jax.tree.leaves(gradient)]
+            kept = (info.get("weight", weight) if isinstance(info, dict) else weight)[rows] > 0
+            alive = jnp.sum(jnp.any(jnp.stack(nonzero), axis=0) & kept)
+        moved, opt_state = loop.apply_optimizer(optimizer, gradient, state.optimizer, state.poison)
+        moved = threat.project(moved, subject)
+        if threat.rows is not None:
+            moved = jax.tree.map(lambda new, old: jnp.where(tree.per_row(moving, new), new, old), moved, state.poison)
+        report = {
+            "outer": value,
+            "gradient_norm": tree.norm(gradient),
+            "step_norm": tree.norm(jax.tree.map(jnp.subtract, moved, state.poison)),
+            "alive": alive,
+            "train": info,
+        }
+        return BilevelState(moved, opt_state, state.step + 1), report
+
+    def read(state: BilevelState, subject: Data) -> Data:
+        return threat.embed(state.poison, subject)
+
+    return Algorithm(init, step, read)
+
+
+def require_alive(infos: Any) -> None:
+    """Raises when no poison had a gradient in any step: the host's check after a run of `bilevel`.
+
+    A hard filter has a true derivative of zero for a removed poison, so an attack through it can stand still.
+
+    Args:
+      infos: what `combine.run` returned.
+    """
+    if int(jnp.max(infos["alive"], initial=0)) == 0:
+        raise ValueError(
+            "attacks.bilevel: no poison row had a gradient in any step: the defense removed them all, or the outer loss "
+            "does not depend on the trained parameters. Attack through filter_top(gradient=soft(t)) or "
+            "straight_through(t), and judge against the hard filter."
+        )

@@ -1,0 +1,240 @@
+"""What is written once for every method: run, iterate, chain, mask, restart, filter, defend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlsec_jax import checks, tree
+from mlsec_jax.base import Algorithm, Data, Info, Key, Known, Params, Scorer, Trainer, Transform
+from mlsec_jax.loop import BatchTransform
+
+
+def run(algorithm: Algorithm, key: Key, subject: Any, known: Known, *, num_steps: int) -> tuple[Any, Info]:
+    """Runs an algorithm: one `lax.scan`, in which step k uses `fold_in(step_key, k)`.
+
+    Args:
+      algorithm: the `Algorithm`.
+      key: split once into the key of `init` and the key of the steps.
+      subject: what is acted on (for a poisoning attack the training `Data`).
+      known: what the actor sees.
+      num_steps: static.
+
+    Returns:
+      `(state, infos)`: the last state, and the infos of all steps stacked `[num_steps, ...]`.
+    """
+    checks.count("num_steps", num_steps)
+    init_key, step_key = jax.random.split(key)
+    state = algorithm.init(init_key, subject, known)
+
+    def body(state: Any, k: jax.Array) -> tuple[Any, Info]:
+        return algorithm.step(jax.random.fold_in(step_key, k), state, subject, known)
+
+    return jax.lax.scan(body, state, jnp.arange(num_steps))
+
+
+def iterate(algorithm: Algorithm, num_steps: int) -> Transform:
+    """Makes a one-shot `Transform` of an algorithm: run it, then read its state."""
+
+    def transform(key: Key, subject: Any, known: Known) -> tuple[Any, Info]:
+        state, infos = run(algorithm, key, subject, known, num_steps=num_steps)
+        return algorithm.read(state, subject), infos
+
+    return transform
+
+
+class ModelTransform(NamedTuple):
+    """A transform that reads a model from `known.params`; `defended` trains one for it.
+
+    Attributes:
+      apply: the transform.
+    """
+
+    apply: Transform
+
+    def __call__(self, key: Key, subject: Any, known: Known) -> tuple[Any, Info]:
+        """The transform itself."""
+        return self.apply(key, subject, known)
+
+
+def needs_model(transform: Transform) -> bool:
+    """Whether a transform reads `known.params`."""
+    return isinstance(transform, ModelTransform)
+
+
+def chain(*transforms: Transform) -> Transform:
+    """One transform after another, each with its own key; the info is the tuple of theirs.
+
+    >>> double = lambda key, subject, known: (2 * subject, {})
+    >>> chain(double, double)(jax.random.key(0), 3, Known())[0]
+    12
+    """
+
+    def transform(key: Key, subject: Any, known: Known) -> tuple[Any, Info]:
+        infos = []
+        for k, each in enumerate(transforms):
+            subject, info = each(jax.random.fold_in(key, k), subject, known)
+            infos.append(info)
+        return subject, tuple(infos)
+
+    return ModelTransform(transform) if any(map(needs_model, transforms)) else transform
+
+
+def masked(transform: Transform, where: tree.Where) -> Transform:
+    """Lets a transform see and change the chosen leaves only (`tree.mask_of`); the rest passes through."""
+
+    def act(key: Key, subject: Any, known: Known) -> tuple[Any, Info]:
+        chosen, rest = tree.partition(subject, where)
+        changed, info = transform(key, chosen, known)
+        return tree.merge(changed, rest), info
+
+    return ModelTransform(act) if needs_model(transform) else act
+
+
+def best_of(
+    transform: Transform, num_restarts: int, loss_fn: Callable[[Any, Info], jax.Array], *, over: str = "map"
+) -> Transform:
+    """Runs a transform from `num_restarts` keys and keeps the result of the lowest loss.
+
+    Args:
+      transform: for an algorithm, `iterate(algorithm, num_steps)`.
+      num_restarts: static, at least 1.
+      loss_fn: `(subject', info) -> scalar`; NaN counts as the worst.
+      over: the axis's word, `"map"` (one after another) or `"vmap"` (all at once).
+
+    Returns:
+      A transform; its info is the best run's, with `losses [num_restarts]` of all beside it.
+    """
+    checks.count("num_restarts", num_restarts, 1)
+    checks.one_of("over", over, ("map", "vmap"))
+
+    def act(key: Key, subject: Any, known: Known) -> tuple[Any, Info]:
+        def once(k: jax.Array) -> tuple[Any, Info, jax.Array]:
+            result, info = transform(jax.random.fold_in(key, k), subject, known)
+            return result, info, loss_fn(result, info)
+
+        restarts = jnp.arange(num_restarts)
+        results, infos, losses = jax.vmap(once)(restarts) if over == "vmap" else jax.lax.map(once, restarts)
+        best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
+        return tree.take(results, best), {"best": tree.take(infos, best), "losses": losses}
+
+    return ModelTransform(act) if needs_model(transform) else act
+
+
+class Soft(NamedTuple):
+    """Surrogate gradient of a filter: keep-weights `sigmoid((threshold - score) / temperature)`, forward and backward."""
+
+    temperature: Any
+
+
+class StraightThrough(NamedTuple):
+    """Surrogate gradient of a filter: the hard filter forward, the soft one's derivative backward."""
+
+    temperature: Any
+
+
+def soft(temperature: Any) -> Soft:
+    """Names the soft surrogate for `filter_top(gradient=...)`."""
+    checks.above("temperature", temperature, 0)
+    return Soft(temperature)
+
+
+def straight_through(temperature: Any) -> StraightThrough:
+    """Names the straight-through surrogate for `filter_top(gradient=...)`."""
+    checks.above("temperature", temperature, 0)
+    return StraightThrough(temperature)
+
+
+def filter_top(
+    scorer: Scorer, *, fraction: Any, gradient: str | Soft | StraightThrough = "hard", reads_model: bool = True
+) -> Transform:
+    """Makes a sanitizer of any scorer: the `fraction` of the present rows that look most suspicious get weight 0.
+
+    `w'_i = w_i · [rank_i ≥ ⌊fraction · n⌋]`, ranks among the n rows of positive weight, ties by row.
+
+    The hard filter's derivative is what it is: zero for a removed row, and none through the choice. An adaptive attack
+    optimises through `soft(t)` or `straight_through(t)` and is judged against the hard filter.
+
+    Args:
+      scorer: `(key, params, data, known) -> [n]`, higher = more suspicious.
+      fraction: of the present rows, in [0, 1].
+      gradient: `"hard"`, `soft(temperature)` or `straight_through(temperature)`.
+      reads_model: whether the scorer needs a model; `defended` then trains a probe for it.
+
+    Returns:
+      A transform of `Data`; its info holds `keep [n]` (bool), `score [n]`, `threshold` and `num_removed`.
+    """
+    checks.between("fraction", fraction, 0.0, 1.0)
+    if gradient != "hard" and not isinstance(gradient, (Soft, StraightThrough)):
+        raise ValueError(f"gradient: expected 'hard', soft(t) or straight_through(t), got {gradient!r}.")
+
+    def transform(key: Key, subject: Data, known: Known) -> tuple[Data, Info]:
+        params = known.require("params", by="filter_top") if reads_model else None
+        score = scorer(key, params, subject, known)
+        present = subject.weight > 0
+        ordered = jnp.argsort(jnp.where(present, -score, jnp.inf), stable=True)
+        rank = jnp.zeros(score.shape, jnp.int32).at[ordered].set(jnp.arange(score.size, dtype=jnp.int32))
+        count = jnp.sum(present.astype(score.dtype))
+        removed = jnp.floor(jnp.asarray(fraction, score.dtype) * count + 1e-6).astype(jnp.int32)
+        keep = present & (rank >= removed)
+        last_out = score[ordered[jnp.clip(removed - 1, 0, score.size - 1)]]
+        first_in = score[ordered[jnp.clip(removed, 0, score.size - 1)]]
+        threshold = jnp.where(removed > 0, (last_out + first_in) / 2, jnp.inf)
+        factor = keep.astype(score.dtype)
+        if isinstance(gradient, (Soft, StraightThrough)):
+            gap = jnp.where(removed > 0, (last_out + first_in) / 2 - score, 0)
+            smooth = jnp.where(removed > 0, jax.nn.sigmoid(gap / jnp.asarray(gradient.temperature, score.dtype)), 1)
+            hard = factor + smooth - jax.lax.stop_gradient(smooth)
+            factor = smooth if isinstance(gradient, Soft) else hard
+        weight = subject.weight * factor.astype(subject.weight.dtype)
+        info = {"keep": keep, "score": score, "threshold": threshold, "num_removed": removed}
+        return subject._replace(weight=weight), info
+
+    return ModelTransform(transform) if reads_model else transform
+
+
+def defended(
+    trainer: Any,
+    *,
+    before: Sequence[Transform] = (),
+    during: BatchTransform | None = None,
+    after: Sequence[Transform] = (),
+    known: Known | None = None,
+) -> Trainer:
+    """Composes a trainer with defenses; the result is again a trainer, so an adaptive attack is the old attack on it.
+
+    Args:
+      trainer: the victim's, `(key, params, data) -> (params, info)`.
+      before: sanitizers of the training `Data`. If one needs a model, a probe is first trained on the unfiltered data
+        with its own key; the victim then starts from the original parameters.
+      during: `(key, batch) -> batch`, for trainers that run the SGD loop.
+      after: transforms of the trained parameters.
+      known: the defender's own knowledge.
+
+    Returns:
+      A `Trainer`. Its info keeps the stages apart: `before`, `train`, `after`, and `weight [n]`, the weights that the
+      victim trained on.
+    """
+    known = Known() if known is None else known
+    sanitize, repair = chain(*before), chain(*after)
+    inner = trainer
+    if during is not None:
+        if getattr(trainer, "batched", None) is None:
+            raise ValueError("during: expected a trainer that runs the SGD loop (it has `batched`), got one that has no batches.")
+        inner = trainer.batched(during)
+
+    def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
+        probe_key, before_key, train_key, after_key = jax.random.split(key, 4)
+        seen = known
+        if needs_model(sanitize):
+            seen = known.replace(params=trainer(probe_key, params, data)[0])
+        clean, before_info = sanitize(before_key, data, seen)
+        trained, train_info = inner(train_key, params, clean)
+        trained, after_info = repair(after_key, trained, known)
+        info = {"before": before_info, "train": train_info, "after": after_info, "weight": clean.weight}
+        return trained, info
+
+    return Trainer(fit)

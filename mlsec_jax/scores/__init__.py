@@ -1,0 +1,6 @@
+"""Scores: one number a row, higher = more suspicious or more likely a member."""
+
+from mlsec_jax.scores._influence import influence
+from mlsec_jax.scores._sphere_slab import slab, sphere, within_class
+
+__all__ = ["influence", "slab", "sphere", "within_class"]

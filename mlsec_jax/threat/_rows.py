@@ -1,0 +1,130 @@
+"""Threats on chosen rows: fill reserved ones, or perturb existing ones within a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlsec_jax import checks, linalg, tree
+from mlsec_jax.base import Data, Key, Threat
+
+
+def reserve(data: Data, start: Data) -> Data:
+    """Appends rows of weight 0 for poisons to fill: their inputs are starting points, their labels the poisons' labels.
+
+    Args:
+      data: the clean training set, n rows.
+      start: k rows `(x, y)`; their weights are ignored.
+
+    Returns:
+      `Data` of n + k rows; the last k are absent until a threat embeds them.
+    """
+    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), data, start)
+    return joined._replace(weight=joined.weight.at[data.num_rows :].set(0))
+
+
+def _check_rows(rows: Any, data: Data) -> None:
+    if checks.is_concrete(rows) and jnp.size(rows) and (jnp.max(rows) >= data.num_rows or jnp.min(rows) < 0):
+        raise ValueError(
+            f"rows: expected rows of the data, 0 to {data.num_rows - 1}, got up to {int(jnp.max(rows))}: "
+            "reserve more rows (threat.reserve) or use fewer poisons."
+        )
+
+
+def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
+    """The attacker fills reserved rows with inputs of its own; labels are those that were reserved.
+
+    `embed`: `x[rows] = poison`, `weight[rows] = 1`. `project`: `clip(poison, lo, hi)`.
+
+    Threat: changes - the inputs of `rows`, which it adds to the training set; sees - nothing; budget - `len(rows)`
+    points in the box `[lo, hi]`; assumes - its labels are accepted.
+
+    Args:
+      rows: `[k]` reserved rows, or an integer k for the last k rows. k = 0 is the empty attack.
+      lo: least value, scalar or broadcastable to `[k, ...]`.
+      hi: greatest value.
+
+    Returns:
+      A `Threat` whose poison is `[k, ...]`.
+    """
+    last = isinstance(rows, int)
+    if last:
+        checks.count("rows", rows)
+
+    def where(data: Data) -> Any:
+        if last and rows > data.num_rows:
+            raise ValueError(f"rows: the budget of {rows} poisons is larger than the {data.num_rows} rows of the data.")
+        chosen = jnp.arange(data.num_rows - rows, data.num_rows) if last else jnp.asarray(rows)
+        _check_rows(chosen, data)
+        if checks.is_concrete((chosen, data.weight)) and bool(jnp.any(data.weight[chosen] > 0)):
+            taken = int(jnp.sum(data.weight[chosen] > 0))
+            raise ValueError(
+                f"rows: expected {chosen.size} reserved rows (weight 0), got {taken} that clean data already use: "
+                "the poison budget is larger than the reserve (threat.reserve)."
+            )
+        return chosen
+
+    def init(key: Key, data: Data) -> Any:
+        del key
+        return tree.take(data.x, where(data))
+
+    def project(poison: Any, data: Data) -> Any:
+        del data
+        return jax.tree.map(lambda p: jnp.clip(p, jnp.asarray(lo, p.dtype), jnp.asarray(hi, p.dtype)), poison)
+
+    def embed(poison: Any, data: Data) -> Data:
+        chosen = where(data)
+        x = jax.tree.map(lambda leaf, p: leaf.at[chosen].set(p.astype(leaf.dtype)), data.x, poison)
+        return data._replace(x=x, weight=data.weight.at[chosen].set(1))
+
+    return Threat(init, project, embed, jnp.arange(-rows, 0) if last else rows)
+
+
+def perturb_rows(
+    rows: Any, *, radius: Any = jnp.inf, norm: str = "linf", lo: Any = 0.0, hi: Any = 1.0
+) -> Threat:
+    """The attacker changes the inputs of existing rows a little; labels stay.
+
+    `embed`: `x[rows] = poison`. `project`, with b the clean rows: for `linf`,
+    `clip(poison, max(lo, b - r), min(hi, b + r))`; for `l2`, the ball around b, then the box. An infinite radius leaves
+    the box alone. A zero radius gives the input back bit for bit.
+
+    Threat: changes - the inputs of `rows`; sees - nothing; budget - `radius` in the data's own units; assumes - it may
+    write to rows whose labels it does not control.
+
+    Args:
+      rows: `[k]` rows.
+      radius: non-negative, scalar or broadcastable to `[k, ...]`; infinite for the box alone.
+      norm: `"linf"` or `"l2"`.
+      lo: least value.
+      hi: greatest value.
+
+    Returns:
+      A `Threat` whose poison is `[k, ...]`, the perturbed inputs themselves.
+    """
+    checks.at_least("radius", radius, 0)
+    checks.one_of("norm", norm, ("linf", "l2"))
+
+    def init(key: Key, data: Data) -> Any:
+        del key
+        _check_rows(rows, data)
+        return tree.take(data.x, jnp.asarray(rows))
+
+    def project(poison: Any, data: Data) -> Any:
+        def each(p: jax.Array, base: jax.Array) -> jax.Array:
+            low, high, r = (jnp.asarray(v, p.dtype) for v in (lo, hi, radius))
+            if norm == "linf":
+                return jnp.clip(p, jnp.maximum(low, base - r), jnp.minimum(high, base + r))
+            inside = linalg.project_ball(p - base, r)
+            p = jnp.where(inside == p - base, p, base + inside)
+            return jnp.clip(p, jnp.minimum(low, base), jnp.maximum(high, base))
+
+        return jax.tree.map(each, poison, tree.take(data.x, jnp.asarray(rows)))
+
+    def embed(poison: Any, data: Data) -> Data:
+        x = jax.tree.map(lambda leaf, p: leaf.at[jnp.asarray(rows)].set(p.astype(leaf.dtype)), data.x, poison)
+        return data._replace(x=x)
+
+    return Threat(init, project, embed, rows)

@@ -1,0 +1,86 @@
+"""Helpers on pytrees of arrays: choose leaves, and treat a tree as a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Where = Any  # None (all), a mask pytree or prefix of bools, or a predicate (path, leaf) -> bool
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf can be differentiated and updated."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def mask_of(tree: Any, where: Where = None) -> Any:
+    """Turns `where` into a pytree of Python bools; leaves that are not floating are never chosen.
+
+    Args:
+      tree: any pytree.
+      where: None for every leaf; a pytree of bools that is a prefix of `tree`; or `(path, leaf) -> bool`, where
+        `path` is the leaf's name such as `"head/kernel"`.
+
+    >>> mask_of({"a": jnp.ones(2), "n": jnp.arange(2)})
+    {'a': True, 'n': False}
+    """
+    if where is None:
+        return jax.tree.map(is_float, tree)
+    if callable(where):
+        predicate: Callable[[str, Any], bool] = where
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: is_float(leaf) and bool(predicate(name(path), leaf)), tree)
+    return jax.tree.map(
+        lambda chosen, sub: jax.tree.map(lambda leaf: bool(chosen) and is_float(leaf), sub), where, tree
+    )
+
+
+def name(path: Any) -> str:
+    """The name of a key path: `"head/kernel"`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def partition(tree: Any, where: Where = None) -> tuple[Any, Any]:
+    """Splits a tree into `(chosen, rest)`: both keep its structure, with None in place of the other's leaves."""
+    mask = mask_of(tree, where)
+    chosen = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, mask)
+    rest = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, mask)
+    return chosen, rest
+
+
+def merge(chosen: Any, rest: Any) -> Any:
+    """The inverse of `partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda leaf: leaf is None)
+
+
+def dot(a: Any, b: Any) -> jax.Array:
+    """The inner product of two trees."""
+    terms = jax.tree.leaves(jax.tree.map(lambda u, v: jnp.vdot(u, v), a, b))
+    return sum(terms[1:], start=terms[0]) if terms else jnp.zeros(())
+
+
+def norm(a: Any) -> jax.Array:
+    """The Euclidean norm of a tree."""
+    return jnp.sqrt(dot(a, a))
+
+
+def cosine(a: Any, b: Any) -> jax.Array:
+    """The cosine between two trees; NaN if one is zero, for a zero gradient has no direction."""
+    return dot(a, b) / (norm(a) * norm(b))
+
+
+def add_scaled(a: Any, scale: Any, b: Any) -> Any:
+    """`a + scale * b`, leaf by leaf, in the dtype of `a`."""
+    return jax.tree.map(lambda u, v: u + (jnp.asarray(scale, u.dtype) * v.astype(u.dtype)), a, b)
+
+
+def take(tree: Any, rows: Any) -> Any:
+    """The given rows of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+def per_row(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """Reshapes `[n]` so that it multiplies `[n, ...]` without rank promotion."""
+    return vector.reshape(vector.shape + (1,) * (like.ndim - vector.ndim))

@@ -1,0 +1,142 @@
+"""The named presets on real digits: they lower their goal, beat controls, and obey it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from linear_models import linear
+
+import mlsec_jax as mj
+from mlsec_jax import attacks, bilevel, combine, losses, threat
+
+LOSS = losses.cross_entropy(linear)
+START = {"w": jnp.zeros((64, 10)), "b": jnp.zeros(10)}
+K = 20
+
+
+@pytest.fixture(scope="module")
+def split(digits):
+    x, y = (jnp.asarray(a) for a in digits)
+    return tuple(mj.dataset(x[a:b], y[a:b]) for a, b in ((0, 200), (200, 600), (1000, 1797)))
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return bilevel.unrolled(LOSS, optax.sgd(0.5), 30)
+
+
+@pytest.fixture(scope="module")
+def crafted(split, trainer):
+    """The swap-only start, and error-specific poisons for 8 -> 3 and for 8 -> 1."""
+    train, holdout, _ = split
+    starts = attacks.start_points(jax.random.key(1), train, K, rule=attacks.swap(3, 8), classes=(3, 8))
+    subject = threat.reserve(train, starts)
+    attack = attacks.error_specific(
+        LOSS, trainer, threat=threat.append_rows(K), optimizer=attacks.unit_rows(0.4), order=attacks.joint()
+    )
+
+    @jax.jit
+    def craft(goal):
+        known = mj.Known(params=START, goal=goal)
+        state, infos = combine.run(attack, jax.random.key(0), subject, known, num_steps=25)
+        return attack.read(state, subject), infos
+
+    goals = [attacks.error_specific_goal(holdout, source=8, target=t, clean_weight=0.05) for t in (3, 1)]
+    return subject, goals, [craft(goal) for goal in goals]
+
+
+def error(trainer, data, test, source, as_label=None):
+    params, _ = jax.jit(trainer.fit)(jax.random.key(0), START, data)
+    predicted = np.asarray(jnp.argmax(linear(params, test.x), axis=1))
+    of = np.asarray(test.y) == source
+    return (predicted[of] != source).mean() if as_label is None else (predicted[of] == as_label).mean()
+
+
+def test_error_specific_beats_clean_and_swapping(split, trainer, crafted):
+    _, _, test = split
+    subject, _, ((poisoned, infos), _) = crafted
+    swapped = subject._replace(weight=jnp.ones_like(subject.weight))
+    clean, swap_only, ours = (error(trainer, d, test, 8) for d in (subject, swapped, poisoned))
+    assert ours >= swap_only + 0.4 and ours >= clean + 0.4, (clean, swap_only, ours)
+    assert infos["outer"][-1] < infos["outer"][0]
+    assert float(poisoned.x.min()) >= 0 and float(poisoned.x.max()) <= 1
+    attacks.require_alive(infos)
+
+
+def test_the_target_matters(split, trainer, crafted):
+    _, _, test = split
+    _, _, ((to_three, _), (to_one, _)) = crafted
+    assert not np.allclose(to_three.x[-K:], to_one.x[-K:])
+    assert error(trainer, to_three, test, 8, 3) > error(trainer, to_one, test, 8, 3)
+
+
+def test_availability_raises_the_error(split, trainer):
+    train, holdout, test = split
+    starts = attacks.start_points(jax.random.key(1), train, K, rule=attacks.random_other(10))
+    subject = threat.reserve(train, starts)
+    attack = attacks.availability(LOSS, trainer, threat=threat.append_rows(K), optimizer=attacks.unit_rows(0.4))
+    known = mj.Known(params=START, goal=holdout)
+    state, infos = jax.jit(lambda: combine.run(attack, jax.random.key(0), subject, known, num_steps=20))()
+    flipped = subject._replace(weight=jnp.ones_like(subject.weight))
+
+    def accuracy(data):
+        params, _ = trainer(jax.random.key(0), START, data)
+        return float(jnp.mean(jnp.argmax(linear(params, test.x), axis=1) == test.y))
+
+    assert infos["outer"][-1] < infos["outer"][0] < 0
+    assert accuracy(attack.read(state, subject)) < accuracy(flipped) - 0.02
+
+
+def test_targeted_flips_the_chosen_points(split, trainer):
+    train, _, test = split
+    points = jax.tree.map(lambda leaf: leaf[:3], test)
+    wanted = (points.y + 1) % 10
+    starts = attacks.start_points(jax.random.key(2), train, K, rule=attacks.random_other(10))
+    subject = threat.reserve(train, starts)
+    attack = attacks.targeted(LOSS, trainer, threat=threat.append_rows(K), optimizer=attacks.unit_rows(0.4))
+    known = mj.Known(params=START, goal=attacks.targeted_goal(points, wanted))
+    _, infos = jax.jit(lambda: combine.run(attack, jax.random.key(0), subject, known, num_steps=20))()
+    assert infos["outer"][-1] < infos["outer"][0] - 0.3
+
+
+def test_zero_budget_returns_the_input(split, trainer):
+    train, holdout, _ = split
+    reach = threat.perturb_rows(jnp.arange(3), radius=0.0)
+    attack = attacks.availability(LOSS, trainer, threat=reach, optimizer=attacks.unit_rows(0.4))
+    state, _ = combine.run(attack, jax.random.key(0), train, mj.Known(params=START, goal=holdout), num_steps=2)
+    for new, old in zip(attack.read(state, train), train):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_goals_keep_their_shape_and_weigh(split):
+    _, holdout, _ = split
+    holdout = holdout._replace(weight=holdout.weight.at[:50].set(0))
+    paper = attacks.error_specific_goal(holdout, source=8, target=3)
+    mixed = attacks.error_specific_goal(holdout, source=8, target=3, clean_weight=0.5)
+    of = np.asarray(holdout.y) == 8
+    assert paper.y.shape == mixed.y.shape == holdout.y.shape
+    np.testing.assert_array_equal(np.asarray(mixed.y), np.where(of, 3, holdout.y))
+    np.testing.assert_array_equal(np.asarray(paper.weight), of * np.asarray(holdout.weight))
+    np.testing.assert_array_equal(np.asarray(mixed.weight), np.where(of, 1, 0.5) * np.asarray(holdout.weight))
+    only = jax.tree.map(lambda leaf: leaf[of & (np.asarray(holdout.weight) > 0)], holdout)
+    dropped = losses.empirical(LOSS)(START, attacks.targeted_goal(only, 3))
+    np.testing.assert_allclose(losses.empirical(LOSS)(START, paper), dropped, rtol=1e-6)
+    with pytest.raises(ValueError, match="source"):
+        attacks.error_specific_goal(holdout, source=11)
+
+
+def test_start_points_copy_present_rows_of_the_classes(split):
+    train, _, _ = split
+    train = train._replace(weight=train.weight.at[::2].set(0))
+    starts = attacks.start_points(jax.random.key(3), train, 9, rule=attacks.swap(3, 8), classes=(3, 8))
+    for x, y, w in zip(*map(np.asarray, starts)):
+        same = np.flatnonzero((np.asarray(train.x) == x[None]).all(axis=1))
+        assert w == 1 and any(train.weight[i] > 0 and {int(train.y[i]), int(y)} == {3, 8} for i in same)
+    assert len({x.tobytes() for x in np.asarray(starts.x)}) == 9
+    few = jax.tree.map(lambda leaf: leaf[:6], train)
+    many = attacks.start_points(jax.random.key(3), few, 8, rule=attacks.random_other(10))
+    assert many.num_rows == 8
+    assert (attacks.random_other(10)(jax.random.key(0), train.y) != train.y).all()
+    with pytest.raises(ValueError, match="classes"):
+        attacks.start_points(jax.random.key(3), train, 2, rule=attacks.swap(3, 8), classes=(77,))
