@@ -207,7 +207,7 @@ def test_a_step_in_a_loop_costs_a_single_call(name):
     loop = jax.jit(lambda *z: lax.scan(lambda z, _: (step(*z), None), z, length=length)[0]).lower(x, kernel).compile()
     labels = re.findall(r"dim_labels=([^,\s]+)", loop.as_text())
     assert labels and set(labels) == {"b01f_01io->b01f"}
-    single(x, kernel), loop(x, kernel)
+    jax.block_until_ready((single(x, kernel), loop(x, kernel)))
     ratios = []
     for _ in range(3):  # the median of five neighbours, three times at most
         pairs = [(cost(loop, x, kernel) / length, cost(single, x, kernel)) for _ in range(5)]
