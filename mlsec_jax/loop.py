@@ -130,12 +130,14 @@ class Loop(NamedTuple):
     Attributes:
       init: `params -> (State, fixed)`; `fixed` holds the leaves that are not trained.
       slots: `(key, num_rows) -> slots`, a pytree with leading axis `num_steps`, to be scanned over.
+      gradient: `(params, fixed, data, slot) -> gradient` of one step.
       step: one step.
       read: `(state, fixed) -> params`.
     """
 
     init: Callable[[Params], tuple[State, Params]]
     slots: Callable[[Key, int], Any]
+    gradient: Callable[[Params, Params, Data, Any], Params]
     step: Callable[[State, Params, Data, Any], State]
     read: Callable[[State, Params], Params]
 
@@ -175,17 +177,20 @@ def sgd(
         keys = jax.vmap(lambda k: jax.random.fold_in(step_key, k))(jnp.arange(num_steps))
         return keys, batching(batch_key, num_rows, num_steps)
 
-    def step(state: State, fixed: Params, data: Data, slot: Any) -> State:
+    def gradient(chosen: Params, fixed: Params, data: Data, slot: Any) -> Params:
         key, schedule = slot
         during_key, grad_key = jax.random.split(key)
         batch = data if schedule is None else take_batch(data, schedule.rows, schedule.mask)
         if during is not None:
             batch = during(during_key, batch)
-        whole = lambda chosen, rows, k=None: loss_fn(tree.merge(chosen, fixed), rows, k)
-        gradient = grad_fn(grad_key, whole, state.params, batch)
-        return State(*apply_optimizer(optimizer, gradient, state.optimizer, state.params))
+        whole = lambda params, rows, k=None: loss_fn(tree.merge(params, fixed), rows, k)
+        return grad_fn(grad_key, whole, chosen, batch)
 
-    return Loop(init, slots, step, lambda state, fixed: tree.merge(state.params, fixed))
+    def step(state: State, fixed: Params, data: Data, slot: Any) -> State:
+        slope = gradient(state.params, fixed, data, slot)
+        return State(*apply_optimizer(optimizer, slope, state.optimizer, state.params))
+
+    return Loop(init, slots, gradient, step, lambda state, fixed: tree.merge(state.params, fixed))
 
 
 def run(loop: Loop, key: Key, params: Params, data: Data) -> Params:

@@ -1,4 +1,8 @@
-"""Strictness for every test: no implicit promotion of dtypes or ranks, warnings are errors, x64 where asked for."""
+"""What every test runs under: strict promotion of dtypes and ranks; warnings are errors (pyproject)."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
@@ -7,13 +11,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "error")
-    config.addinivalue_line("filterwarnings", "ignore:JAXopt is no longer maintained:DeprecationWarning")
-
-
 @pytest.fixture
 def x64():
-    """Float64 for the length of a test: for oracles (closed forms, central differences with retraining)."""
+    """Float64 inside this test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled():
+    """Keeps the memory of a long run flat."""
+    yield
+    jax.clear_caches()

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxopt
+from mlsec_jax.bilevel._jaxopt import jaxopt
 from jax.flatten_util import ravel_pytree
 
 from mlsec_jax import checks, linalg, tree

@@ -1,0 +1,98 @@
+"""The command line: `python -m benchmarks list | run NAME … | report`."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise SystemExit("error: the benchmarks need more packages: pip install 'mlsec_jax[bench]'") from error
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import _machine, _record, _report
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Size = enum.StrEnum("Size", [(name, name) for name in _record.SIZES])  # type: ignore[misc]
+Device = enum.StrEnum("Device", [(name, name) for name in ("cpu", "gpu", "tpu")])  # type: ignore[misc]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the records and plots.")]
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Shows the message of what the caller can put right, without a traceback."""
+    try:
+        yield
+    except _record.UsageError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from error
+
+
+@app.command("list")
+def list_benchmarks() -> None:
+    """Name every benchmark and what it shows."""
+    table = Table("benchmark", "shows", box=None)
+    for name, summary in _record.summaries().items():
+        table.add_row(name, summary)
+    Console().print(table)
+
+
+@app.command()
+def run(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Which benchmarks; see `list`.")],
+    size: Annotated[Size, typer.Option(help="small: seconds; full: at most hours; paper: everything, resumable.")] = (
+        Size.small  # type: ignore[attr-defined]
+    ),
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.", min=0)] = 0,
+    out: Out = Path("runs"),
+    device: Annotated[Device | None, typer.Option(help="Default: what JAX prefers here.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Host devices the CPU is split into.", min=1)] = None,
+) -> None:
+    """Run benchmarks; write a record and plots for each, and show its figures beside the paper's."""
+    with _usage_errors():
+        _record.check_names(names)
+        _record.writable(out)
+        _machine.choose(device, devices)
+        card = _machine.start(device)
+        from benchmarks import _run  # it imports JAX, which `choose` must come before
+
+        for name in names:
+            Console(stderr=True).print(f"{name} ({size}, seed {seed}) on {card}", highlight=False, soft_wrap=True)
+            record = _run.run(name, size=str(size), seed=seed, out=out, device=card)
+            show(record, Console())
+
+
+@app.command()
+def report(out: Out = Path("runs")) -> None:
+    """Render all records of a folder into one self-contained page, report.html."""
+    with _usage_errors():
+        _record.writable(out)
+        page = _report.page(_record.read_all(out), out)
+        _record.replace_file(out / "report.html", page.encode())
+        Console().print(str(out / "report.html"), soft_wrap=True, highlight=False)
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    """Prints a record's figures beside the paper's."""
+    title = f"{record['benchmark']} · {record['size']} · seed {record['seed']} · {record['seconds']:.1f} s"
+    table = Table("figure", title=title, title_justify="left")
+    table.add_column("paper", justify="right")
+    table.add_column("ours", justify="right")
+    table.add_column("source")
+    for key, value in record["figures"].items():
+        published = record["paper"].get(key)
+        theirs, source = (_report.number(published["value"]), published["source"]) if published else ("", "")
+        table.add_row(key, theirs, _report.number(value), source)
+    console.print(table)
+    for reduction in record["reductions"]:
+        console.print(f"reduced: {reduction}", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

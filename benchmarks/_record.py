@@ -1,0 +1,165 @@
+"""What a benchmark is, what it returns, and the record that is written. Nothing here imports JAX."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import pkgutil
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SIZES = ("small", "full", "paper")
+FIELDS = ("benchmark", "size", "seed", "device", "versions", "seconds", "reductions", "figures", "paper")
+
+
+class UsageError(Exception):
+    """Something the caller can put right: the command line shows its message alone."""
+
+
+class Paper(NamedTuple):
+    """A published number, and where it stands."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a benchmark returns.
+
+    Attributes:
+      figures: finite numbers by key.
+      reductions: every way in which this run is smaller than the paper's, one sentence each.
+      paper: the published number for some of the keys.
+    """
+
+    figures: Mapping[str, Any]
+    reductions: Sequence[str] = ()
+    paper: Mapping[str, Paper] = field(default_factory=dict)
+
+
+class Benchmark(NamedTuple):
+    """A registered benchmark: `run(size, seed, context) -> Result`."""
+
+    name: str
+    run: Callable[[str, int, Any], Result]
+
+
+_registered: dict[str, Benchmark] = {}
+
+
+def benchmark(run: Callable | None = None, *, name: str | None = None) -> Any:
+    """Registers `run(size, seed, context) -> Result` under its file's name, or another."""
+    if run is None:
+        return lambda function: benchmark(function, name=name)
+    name = name or run.__module__.rpartition(".")[2]
+    _registered[name] = Benchmark(name, run)
+    return run
+
+
+def summaries() -> dict[str, str]:
+    """Every benchmark's name and the first line of its file's docstring; nothing is imported."""
+    folder = Path(__file__).parent
+    found = {name: (entry.run.__doc__ or "").partition("\n")[0] for name, entry in _registered.items()}
+    for module in pkgutil.iter_modules([str(folder)]):
+        if not module.ispkg and not module.name.startswith("_"):
+            text = (folder / f"{module.name}.py").read_text(encoding="utf-8")
+            found[module.name] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return dict(sorted(found.items()))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises on a name that no benchmark has; nothing is imported."""
+    unknown = [name for name in names if name not in summaries()]
+    if unknown:
+        raise UsageError(f"unknown benchmark {', '.join(unknown)}; there are: {', '.join(summaries()) or 'none'}.")
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark of that name; imports its file."""
+    check_names([name])
+    if name not in _registered:
+        importlib.import_module(f"benchmarks.{name}")
+    if name not in _registered:
+        raise UsageError(f"benchmarks/{name}.py registers no benchmark: decorate its run function with @benchmark.")
+    return _registered[name]
+
+
+def checked(result: Result) -> dict[str, Any]:
+    """The result's part of the record: plain numbers, all finite; raises naming what is not."""
+    figures = {key: _number(f"figures[{key!r}]", value) for key, value in result.figures.items()}
+    if not figures:
+        raise ValueError("figures: expected at least one, got none.")
+    bad = [key for key in figures if not re.fullmatch(r"\w+", key)]
+    if bad:
+        raise ValueError(f"figures: expected keys of letters, digits and underscores, got {bad}.")
+    unknown = sorted(set(result.paper) - set(figures))
+    if unknown:
+        raise ValueError(f"paper: expected keys that are figures too, got {unknown}.")
+    if isinstance(result.reductions, str) or not all(isinstance(text, str) for text in result.reductions):
+        raise ValueError(f"reductions: expected a list of sentences, got {result.reductions!r}.")
+    paper = {}
+    for key, published in result.paper.items():
+        value, source = published
+        if not isinstance(source, str) or not source:
+            raise ValueError(f"paper[{key!r}]: expected a source, got {source!r}.")
+        paper[key] = {"value": _number(f"paper[{key!r}]", value), "source": source}
+    return {"reductions": list(result.reductions), "figures": figures, "paper": paper}
+
+
+def _number(name: str, value: Any) -> int | float:
+    """The value as a plain number, if it is a finite one."""
+    array = np.asarray(value)
+    if array.ndim != 0 or array.dtype.kind not in "iuf" or not np.isfinite(array):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}.")
+    return array.item()
+
+
+def writable(folder: Path) -> None:
+    """Raises unless files can be made in the folder, which is created: asked before hours of computing, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out: cannot write to {folder}: {error}.") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes the file so that it is never half there: to a temporary name beside it, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # mkstemp's would be readable by its owner only
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Writes `NAME.json`."""
+    path = folder / f"{record['benchmark']}.json"
+    replace_file(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+    return path
+
+
+def read_all(folder: Path) -> list[dict[str, Any]]:
+    """The records of a folder by name; files that are no records raise."""
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in FIELDS if key not in record]
+        if missing:
+            raise UsageError(f"{path} is not a benchmark's record: it lacks {', '.join(missing)}.")
+        records.append(record)
+    if not records:
+        raise UsageError(f"--out: no record in {folder}; `python -m benchmarks run NAME --out {folder}` makes one.")
+    return records

@@ -1,0 +1,94 @@
+"""Forward mode: the derivative of training with respect to a few rows, carried along with it."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from mlsec_jax import checks, loop, tree
+from mlsec_jax.base import Data, Info, Key, LossFn, Params, Trainer
+from mlsec_jax.bilevel._unrolled import final_info
+
+
+def _unknown(leaf: Any) -> Any:
+    """The cotangent of something that forward mode did not differentiate: NaN, so that it can never pass for zero."""
+    if tree.is_float(leaf):
+        return jnp.full_like(leaf, jnp.nan)
+    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+
+def forward(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    *,
+    rows: Any,
+    chunk: int = 32,
+    **slots: Unpack[loop.Slots],
+) -> Trainer:
+    """Trains with an optax optimizer; the derivative with respect to the inputs of `rows` is taken in forward mode.
+
+    One tangent `∂θ_t / ∂x_ij` for each coordinate of each row, `chunk` of them at a time: memory of one copy of the
+    state a tangent, whatever T is; time `k·d / chunk` trainings of `chunk` tangents. For few poisons of low dimension.
+
+    Only the inputs of `rows` are differentiated. The cotangents of everything else (other rows, labels, weights, initial
+    parameters) are NaN, never zero; `threat.append_rows` and `perturb_rows` do not read them.
+
+    Args:
+      loss_fn: per-example loss.
+      optimizer: any optax optimizer.
+      num_steps: static.
+      rows: `[k]` rows of the data, or an integer k for the last k.
+      chunk: tangents carried at once.
+      **slots: of `loop.sgd`.
+
+    Returns:
+      A `Trainer`; info: `loss`.
+    """
+    checks.count("chunk", chunk, 1)
+    plan = loop.sgd(loss_fn, optimizer, num_steps, **slots)
+    chosen = jnp.arange(-rows, 0) if isinstance(rows, int) else jnp.asarray(rows)
+
+    @jax.custom_vjp
+    def train(key: Key, params: Params, data: Data) -> Params:
+        return loop.run(plan, key, params, data)
+
+    def train_fwd(key: Key, params: Params, data: Data) -> tuple[Params, Any]:
+        return train(key, params, data), (key, params, data)
+
+    def train_bwd(saved: Any, cotangent: Params) -> tuple[Any, Any, Any]:
+        key, params, data = saved
+        flat, unravel = ravel_pytree(tree.take(data.x, chosen))
+        float_cotangent, _ = tree.partition(cotangent)
+
+        def with_rows(vector: jax.Array) -> Params:
+            x = jax.tree.map(lambda leaf, part: leaf.at[chosen].set(part), data.x, unravel(vector))
+            return tree.partition(loop.run(plan, key, params, data._replace(x=x)))[0]
+
+        def along(index: jax.Array) -> jax.Array:
+            basis = jnp.zeros_like(flat).at[index].set(1)
+            return tree.dot(jax.jvp(with_rows, (flat,), (basis,))[1], float_cotangent)
+
+        slopes = jax.lax.map(along, jnp.arange(flat.size), batch_size=min(chunk, max(flat.size, 1)))
+        x = jax.tree.map(
+            lambda leaf, part: jnp.full_like(leaf, jnp.nan).at[chosen].set(part), data.x, unravel(slopes)
+        )
+        key_cotangent = np.zeros(key.shape, jax.dtypes.float0)
+        return key_cotangent, jax.tree.map(_unknown, params), Data(x, _unknown(data.y), _unknown(data.weight))
+
+    train.defvjp(train_fwd, train_bwd)
+
+    def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
+        trained = train(key, params, data)
+        return trained, jax.lax.stop_gradient(final_info(loss_fn, trained, data))
+
+    def batched(transform: loop.BatchTransform) -> Trainer:
+        more = loop.with_transform(slots, transform)
+        return forward(loss_fn, optimizer, num_steps, rows=rows, chunk=chunk, **more)
+
+    return Trainer(fit, batched=batched)

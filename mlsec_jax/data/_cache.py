@@ -1,0 +1,59 @@
+"""The user's cache folder, and arrays kept in it as uncompressed npz files that are written atomically."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+
+def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder for everything that can be made again: the argument, MLSEC_JAX_CACHE, or `mlsec_jax` in the user's.
+
+    The user's cache folder is XDG_CACHE_HOME, or `~/.cache`. Nothing is created.
+
+    >>> cache_root("/tmp/cache").as_posix()
+    '/tmp/cache'
+    """
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if os.environ.get("MLSEC_JAX_CACHE"):
+        return Path(os.environ["MLSEC_JAX_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlsec_jax"
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the arrays so that `path` never holds half a file: to a temporary name beside it, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # mkstemp's would be readable by its owner only
+    try:
+        with open(temporary, "wb") as file:
+            # np.savez's own parameters are `file` and `allow_pickle`; no array here is called so.
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of the file; None where there is no such file, or one that was cut off (it can be made again)."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def keep(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the arrays into the cache; a cache that cannot be written costs time, not the arrays: it only warns."""
+    try:
+        write_npz(path, arrays)
+    except OSError as error:
+        warnings.warn(
+            f"the cache cannot be written, so the next load will be as slow as this one: {error}. "
+            "Pass cache_dir=, or set MLSEC_JAX_CACHE, to a folder that can.",
+            stacklevel=3,
+        )

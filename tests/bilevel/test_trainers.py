@@ -1,0 +1,261 @@
+"""Every trainer against central differences of retraining, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mlsec_jax as mj
+from mlsec_jax import bilevel, loop, losses, threat, tree
+from tests import oracles, problems
+
+STEPS = 30
+MOMENTUM = optax.sgd(0.5, momentum=0.9)
+
+
+def trainers(problem):
+    loss_fn = problem.loss_fn
+    objective = losses.regularised(loss_fn, l2=0.1, penalise=None)
+    back = lambda **options: bilevel.back_gradient(loss_fn, 0.5, STEPS, **options)
+    dp = bilevel.dp_gradient(clip_norm=0.5, noise_multiplier=0.1, batch_size=5)
+    return {
+        "unrolled_none": bilevel.unrolled(loss_fn, MOMENTUM, STEPS),
+        "unrolled_step": bilevel.unrolled(loss_fn, MOMENTUM, STEPS, remat="step"),
+        "unrolled_sqrt": bilevel.unrolled(loss_fn, MOMENTUM, STEPS, remat="sqrt"),
+        "unrolled_log": bilevel.unrolled(loss_fn, MOMENTUM, STEPS, remat="log"),
+        "unrolled_adam_batches": bilevel.unrolled(loss_fn, optax.adam(0.05), STEPS, batching=loop.shuffled(4)),
+        "unrolled_dp": bilevel.unrolled(
+            loss_fn, optax.sgd(0.5), STEPS, batching=loop.poisson(0.4, 14), grad_fn=dp
+        ),
+        "stored": back(momentum=0.9),
+        "exact": back(momentum=0.9, reversal="exact"),
+        "exact_batches": back(momentum=0.5, reversal="exact", batching=loop.shuffled(4)),
+        "fixed_point": back(reversal="fixed_point"),
+        "forward": bilevel.forward(loss_fn, MOMENTUM, STEPS, rows=2),
+        "implicit_cholesky": bilevel.implicit(objective),
+        "implicit_cg": bilevel.implicit(objective, linear_solve=bilevel.cg()),
+        "implicit_normal_cg": bilevel.implicit(objective, linear_solve=bilevel.normal_cg(tolerance=1e-13)),
+        "implicit_gmres": bilevel.implicit(objective, linear_solve=bilevel.gmres()),
+        "implicit_lu": bilevel.implicit(objective, linear_solve=bilevel.lu()),
+        "implicit_neumann": bilevel.implicit(objective, linear_solve=bilevel.neumann(600, scale=1.0)),
+        "implicit_nystrom": bilevel.implicit(objective, linear_solve=bilevel.nystrom(15, damping=1e-10)),
+    }
+
+
+NAMES = list(trainers(problems.make()))
+
+
+def attack_loss(trainer, problem):
+    reach = threat.append_rows(problems.POISONS)
+    outer = losses.goal_loss(problem.loss_fn)
+
+    @jax.jit
+    def value(poison):
+        data = reach.embed(poison, problem.train)
+        return outer(trainer(jax.random.key(1), problem.params, data)[0], data, problem.known.goal)
+
+    return value, reach.init(jax.random.key(0), problem.train)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_agrees_with_central_differences(name, x64):
+    problem = problems.make(jnp.float64)
+    value, poison = attack_loss(trainers(problem)[name], problem)
+    limit = {"fixed_point": 1e-4, "implicit_nystrom": 1e-4}.get(name, 1e-6)
+    assert oracles.relative_error(value, poison) <= limit
+
+
+@pytest.mark.parametrize("l1,l2", [(0.03, 0.0), (0.02, 0.05)])
+def test_sparse_regression_agrees_on_its_active_set(l1, l2, x64):
+    problem = problems.make(jnp.float64)
+    loss_fn = losses.squared(lambda params, x, key=None: x @ params["w"] + params["b"])
+    data = problem.train._replace(y=problem.train.x[:, 0] - 0.5 * problem.train.x[:, 1])
+    params = {"w": jnp.zeros(problems.DIM), "b": jnp.zeros(())}
+    trainer = bilevel.implicit(losses.regularised(loss_fn, l1=l1, l2=l2))
+    trained, info = trainer(jax.random.key(0), params, data)
+    assert 0 < int(jnp.sum(trained["w"] == 0)) < problems.DIM
+    assert float(info["stationarity"]) < 1e-12
+    value = lambda x: losses.empirical(loss_fn)(
+        trainer(jax.random.key(0), params, data._replace(x=x, weight=jnp.ones(data.num_rows)))[0], data._replace(y=data.y + 1)
+    )
+    assert oracles.relative_error(jax.jit(value), data.x) <= 1e-6
+
+
+def test_ridge_has_the_closed_form(x64):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 3)), rng.normal(size=20)
+    loss_fn = losses.squared(lambda params, x, key=None: x @ params["w"])
+    trainer = bilevel.implicit(losses.regularised(loss_fn, l2=0.3))
+    trained, _ = trainer(jax.random.key(0), {"w": jnp.zeros(3)}, mj.dataset(x, y))
+    expected = np.linalg.solve(x.T @ x / 20 + 0.3 * np.eye(3), x.T @ y / 20)
+    np.testing.assert_allclose(trained["w"], expected, rtol=1e-10)
+
+
+def test_truncated_with_all_steps_is_unrolled_and_with_fewer_is_not(x64):
+    problem = problems.make(jnp.float64)
+    gradient = {}
+    for last in (2, STEPS):
+        value, poison = attack_loss(bilevel.truncated(problem.loss_fn, MOMENTUM, STEPS, last=last), problem)
+        gradient[last] = jax.grad(value)(poison)
+    value, poison = attack_loss(bilevel.unrolled(problem.loss_fn, MOMENTUM, STEPS), problem)
+    full = jax.grad(value)(poison)
+    assert oracles.trees_close(gradient[STEPS], full, rtol=1e-12, atol=0)
+    assert 0.0 < float(jnp.linalg.norm(gradient[2])) < 0.9 * float(jnp.linalg.norm(full))
+
+
+def test_only_trainable_leaves_move_and_are_differentiated(x64):
+    problem = problems.make(jnp.float64)
+    params = {**problem.params, "b": jnp.asarray([0.3, -0.1, 0.2])}
+    objective = losses.regularised(problem.loss_fn, l2=0.1)
+    only_w = lambda path, leaf: path == "w"
+    for trainer in (
+        bilevel.implicit(objective, trainable=only_w),
+        bilevel.back_gradient(problem.loss_fn, 0.5, STEPS, momentum=0.9, reversal="exact", trainable=only_w),
+        bilevel.back_gradient(problem.loss_fn, 0.5, STEPS, reversal="fixed_point", trainable=only_w),
+        bilevel.unrolled(problem.loss_fn, MOMENTUM, STEPS, trainable=only_w),
+    ):
+        trained, _ = jax.jit(trainer.fit)(jax.random.key(0), params, problem.train)
+        assert oracles.trees_equal(trained["b"], params["b"])
+        assert not oracles.trees_equal(trained["w"], params["w"])
+        value, poison = attack_loss(trainer, problem._replace(params=params))
+        assert oracles.relative_error(value, poison) <= 1e-6
+
+
+def test_approximate_reversal_keeps_the_direction_but_not_the_path(x64):
+    problem = problems.make(jnp.float64)
+    trainer = bilevel.back_gradient(problem.loss_fn, 0.1, STEPS, reversal="approximate")
+    data = threat.append_rows(2).embed(problem.train.x[-2:], problem.train)
+    report = bilevel.diagnose(
+        trainer,
+        jax.random.key(0),
+        problem.params,
+        data,
+        outer=losses.goal_loss(problem.loss_fn),
+        goal=problem.known.goal,
+        rows=jnp.array([12, 13]),
+    )
+    assert float(report["cosine"]) > 0.999
+    assert float(report["drift"]) > 1e-4
+
+
+def test_forward_marks_what_it_did_not_differentiate(x64):
+    problem = problems.make(jnp.float64)
+    trainer = bilevel.forward(problem.loss_fn, MOMENTUM, 3, rows=2)
+    value = lambda x: losses.empirical(problem.loss_fn)(
+        trainer(jax.random.key(0), problem.params, problem.train._replace(x=x))[0], problem.known.goal
+    )
+    gradient = jax.grad(value)(problem.train.x)
+    assert bool(jnp.all(jnp.isnan(gradient[:-2]))) and bool(jnp.all(jnp.isfinite(gradient[-2:])))
+
+
+def test_diagnose_sees_an_active_set_change(x64):
+    loss_fn = losses.squared(lambda params, x, key=None: x @ params["w"])
+    x = jnp.asarray([[1.0], [1.0]])
+    y = jnp.asarray([0.5, 0.5])
+    l1 = 0.5 - 1e-7  # just active: w = 1e-7, so a difference of 1e-5 crosses
+    trainer = bilevel.implicit(losses.regularised(loss_fn, l1=l1))
+    report = bilevel.diagnose(
+        trainer,
+        jax.random.key(0),
+        {"w": jnp.ones(1)},
+        mj.dataset(x, y),
+        outer=lambda params, data, goal: jnp.sum(params["w"]),
+        goal=None,
+        rows=jnp.array([0]),
+    )
+    assert bool(report["crossed"])
+    calm = bilevel.implicit(losses.regularised(loss_fn, l1=0.1))
+    report = bilevel.diagnose(
+        calm,
+        jax.random.key(0),
+        {"w": jnp.ones(1)},
+        mj.dataset(x, y),
+        outer=lambda params, data, goal: jnp.sum(params["w"]),
+        goal=None,
+        rows=jnp.array([0]),
+    )
+    assert not bool(report["crossed"]) and float(report["rel_error"]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["unrolled_sqrt", "exact", "implicit_cholesky", "fixed_point", "forward"])
+def test_vmap_over_learning_problems_is_a_loop(name):
+    batch = [problems.make(seed=seed) for seed in range(2)]
+    trainer = trainers(batch[0])[name]
+    gradient = jax.grad(
+        lambda x, train: jnp.sum(
+            trainer(jax.random.key(0), batch[0].params, threat.append_rows(2).embed(x, train))[0]["w"] ** 2
+        )
+    )
+    trains = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[p.train for p in batch])
+    together = jax.jit(jax.vmap(gradient))(trains.x[:, -2:], trains)
+    alone = jax.jit(gradient)
+    for k, problem in enumerate(batch):
+        one = alone(problem.train.x[-2:], problem.train)
+        np.testing.assert_allclose(together[k], one, rtol=2e-3, atol=1e-5)
+
+
+def test_any_parameter_pytree(x64):
+    from typing import NamedTuple
+
+    class Affine(NamedTuple):
+        w: jax.Array
+        b: jax.Array
+
+    problem = problems.make(jnp.float64)
+    loss_fn = losses.cross_entropy(lambda params, x, key=None: x @ params[0].w + params[0].b[None])
+    params = [Affine(problem.params["w"], problem.params["b"])]
+    train = jax.jit(bilevel.back_gradient(loss_fn, 0.5, 5, momentum=0.9, reversal="exact").fit)
+    trained, _ = train(jax.random.key(0), params, problem.train)
+    same = bilevel.unrolled(problem.loss_fn, MOMENTUM, 5)
+    expected, _ = same(jax.random.key(0), problem.params, problem.train)
+    np.testing.assert_allclose(trained[0].w, expected["w"], rtol=1e-9)
+    assert float(tree.norm(trained)) > 0
+
+
+def test_clipping_is_exact_and_absent_rows_do_not_count(x64):
+    problem = problems.make(jnp.float64)
+    grad_fn = bilevel.dp_gradient(clip_norm=0.2, noise_multiplier=0.0, batch_size=10.0, chunk=5)
+    params = jax.tree.map(lambda leaf: leaf + 0.3, problem.params)
+    ours = grad_fn(jax.random.key(0), problem.loss_fn, params, problem.train)
+    expected = jax.tree.map(jnp.zeros_like, params)
+    for row in range(problem.train.num_rows - problems.POISONS):  # the reserved rows weigh 0
+        one = tree.take(problem.train, jnp.array([row]))
+        gradient = jax.grad(lambda p, one=one: problem.loss_fn(p, one)[0])(params)
+        factor = min(1.0, 0.2 / float(tree.norm(gradient)))
+        expected = tree.add_scaled(expected, factor / 10.0, gradient)
+    assert oracles.trees_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_noise_has_the_stated_scale():
+    loss_fn = lambda params, data, key=None: 0.0 * params["w"][0] + data.x[:, 0] * 0
+    grad_fn = bilevel.dp_gradient(clip_norm=2.0, noise_multiplier=3.0, batch_size=4.0)
+    data = mj.dataset(jnp.ones((4, 1)), jnp.zeros(4, jnp.int32))
+    noise = grad_fn(jax.random.key(0), loss_fn, {"w": jnp.zeros(20_000)}, data)["w"]
+    assert abs(float(jnp.std(noise)) - 2.0 * 3.0 / 4.0) < 5 * 1.5 / np.sqrt(2 * 20_000)
+
+
+def test_poisson_batches_have_the_stated_rate():
+    schedule = loop.poisson(0.3, 100)(jax.random.key(0), 100, 400)
+    counts = np.asarray(schedule.mask.sum(axis=1))
+    assert abs(counts.mean() - 30) < 5 * np.sqrt(21 / 400)
+    assert abs(counts.var() - 21) < 5
+    assert all(len(set(rows)) == 100 for rows in np.asarray(schedule.rows)[:3])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f: bilevel.back_gradient(f, 0.1, 5, momentum=0.9, reversal="fixed_point"),
+        lambda f: bilevel.back_gradient(f, 0.1, 5, reversal="exact"),
+        lambda f: bilevel.back_gradient(f, 0.1, 5, reversal="magic"),
+        lambda f: bilevel.unrolled(f, MOMENTUM, -1),
+        lambda f: bilevel.unrolled(f, MOMENTUM, 5, remat="cube"),
+        lambda f: bilevel.truncated(f, MOMENTUM, 5, last=6),
+        lambda f: bilevel.dp_gradient(clip_norm=0.0, noise_multiplier=1.0, batch_size=1),
+        lambda f: loop.shuffled(0),
+    ],
+)
+def test_bad_hyperparameters_are_named(call):
+    with pytest.raises(ValueError, match=r"^[a-z_]+: "):
+        call(problems.make().loss_fn)
