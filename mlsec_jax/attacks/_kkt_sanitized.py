@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Info, Key, Known, Params, Transform
@@ -247,7 +248,7 @@ def kkt_sanitized(
         holdout = known.require("holdout", by="attacks.kkt_sanitized")
         checks.data("subject", subject)
         first = subject.num_rows - num_poisons
-        if first < 0 or (checks.is_concrete(subject.weight) and bool(jnp.any(subject.weight[first:] > 0))):
+        if first < 0 or (checks.is_concrete(subject.weight) and np.any(np.asarray(subject.weight)[first:] > 0)):
             raise ValueError(f"num_poisons: expected {num_poisons} reserved rows at the end (threat.reserve).")
         if num_poisons == 0:
             return subject, {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, losses
 from mlsec_jax.base import ApplyFn, Data, Info, Key, Known, LossFn, OuterFn, Transform
@@ -19,9 +20,12 @@ from mlsec_jax.combine import ModelTransform
 def _check(subject: Data, num_flips: int, num_classes: int) -> None:
     if subject.y.ndim != 1 or not jnp.issubdtype(subject.y.dtype, jnp.integer):
         raise ValueError(f"subject.y: label flips need integer labels [n], got {subject.y.dtype}{subject.y.shape}.")
-    checks.data("subject", subject, num_classes)
-    if checks.is_concrete(subject.weight) and num_flips > int(jnp.sum(subject.weight > 0)):
-        raise ValueError(f"num_flips: expected at most the {int(jnp.sum(subject.weight > 0))} present rows, got {num_flips}.")
+    checks.data("subject", subject)
+    if checks.is_concrete(subject):
+        present = np.asarray(subject.weight) > 0
+        checks.between("subject.y", np.asarray(subject.y)[present], 0, num_classes - 1)
+        if num_flips > present.sum():
+            raise ValueError(f"num_flips: expected at most the {present.sum()} present rows, got {num_flips}.")
 
 
 def _flip_lowest(subject: Data, score: jax.Array, labels: jax.Array, num_flips: int) -> tuple[Data, Info]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mlsec_jax import checks, losses, tree
@@ -134,7 +135,7 @@ def error_specific_goal(holdout: Data, *, source: Any = 8, target: Any = 3, clea
     ([3, 3, 1], [1.0, 0.5, 0.5])
     """
     checks.at_least("clean_weight", clean_weight, 0)
-    if checks.is_concrete((holdout, source)) and not bool(jnp.any((holdout.y == source) & (holdout.weight > 0))):
+    if checks.is_concrete((holdout, source)) and source not in np.asarray(holdout.y)[np.asarray(holdout.weight) > 0]:
         raise ValueError(f"source: expected a class that holdout has rows of, got {source}.")
     chosen = holdout.y == source
     factor = jnp.where(chosen, 1, jnp.asarray(clean_weight, holdout.weight.dtype))
@@ -183,7 +184,9 @@ def start_points(key: Key, train: Data, num_points: int, *, rule: Rule, classes:
     eligible = train.weight > 0
     if classes is not None:
         eligible &= jnp.any(train.y[:, None] == jnp.asarray(classes, train.y.dtype)[None, :], axis=1)
-    if num_points and checks.is_concrete(eligible) and not bool(jnp.any(eligible)):
+    if num_points and checks.is_concrete(train) and not np.isin(
+        np.asarray(train.y)[np.asarray(train.weight) > 0], np.asarray(train.y if classes is None else classes)
+    ).any():
         raise ValueError(f"classes: expected at least one training row of the classes {classes}, got none.")
     order = jnp.argsort(jnp.where(eligible, jax.random.uniform(row_key, eligible.shape), 2.0))
     count = jnp.maximum(jnp.sum(eligible.astype(order.dtype)), 1)

@@ -39,6 +39,7 @@ def influence(loss_fn: LossFn, trainer: Any) -> Scorer:
             trained, _ = trainer(key, params, data._replace(weight=weight))
             return mean_loss(trained, holdout)
 
-        return jnp.sum(data.weight) * jax.grad(held_out)(data.weight)
+        slope = jnp.where(data.weight > 0, jax.grad(held_out)(data.weight), 0)
+        return jnp.sum(data.weight) * slope
 
     return score
