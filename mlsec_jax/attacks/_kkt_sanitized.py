@@ -260,7 +260,7 @@ def kkt_sanitized(
         negative = jnp.where(jnp.any(subject.y < 0), -1, 0).astype(subject.y.dtype)
 
         def poisoned(points: jax.Array, positive: jax.Array) -> Data:
-            chosen = (jnp.arange(num_poisons) < positive).astype(jnp.int32)
+            chosen = (jnp.arange(num_poisons, dtype=positive.dtype) < positive).astype(jnp.int32)
             rows = points[chosen].reshape((num_poisons,) + x.shape[1:])
             labels = jnp.where(chosen > 0, 1, negative).astype(subject.y.dtype)
             data = subject._replace(x=x.at[first:].set(rows), y=subject.y.at[first:].set(labels))

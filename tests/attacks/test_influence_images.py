@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linear_models import single
+from tests.attacks.linear_models import single
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, combine, losses, threat

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from linear_models import linear, single
+from tests.attacks.linear_models import linear, single
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, losses

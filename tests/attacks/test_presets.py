@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from linear_models import linear
+from tests.attacks.linear_models import linear
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, combine, losses, threat
