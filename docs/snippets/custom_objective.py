@@ -18,16 +18,20 @@ def model(params, x, key=None):
 
 
 # [ten-lines]
-def huber(params, data, key=None):  # your own inner loss: per-example, [n]
+def huber(params, data, key=None):
+    """Your own inner loss, per example `[n]`."""
     return optax.huber_loss(model(params, data.x), 2.0 * data.y - 1.0)
 
 
-def divergence(params, data, goal):  # your own goal: group 1 errs (softly), group 0 does not
+def divergence(params, data, goal):
+    """Your own goal, minimised: group 1 errs (softly) and group 0 does not."""
     errs = jax.nn.sigmoid(-5.0 * (2.0 * goal["y"] - 1.0) * model(params, goal["x"]))
     return losses.weighted_mean(errs, 1.0 - goal["group"]) - losses.weighted_mean(errs, goal["group"])
 
 
-def reweigh_and_brighten(rows):  # your own reach: any pytree can be the poison
+def reweigh_and_brighten(rows):
+    """Your own reach: any pytree can be the poison."""
+
     def embed(poison, data):
         x = data.x.at[rows].multiply(poison["factor"], unique_indices=True)
         return data._replace(x=x, weight=data.weight.at[rows].set(poison["weight"]))
@@ -55,7 +59,7 @@ def groups(key, num_rows):
 
 
 def run():
-    """Crafts on one sample, measures on another: `(rates before, rates after, infos)`, each rate `[group 0, group 1]`."""
+    """Crafts on one sample, measures on another: error rates `[group 0, group 1]` before and after, and infos."""
     train, goal, test = (groups(jax.random.key(k), 400) for k in (0, 1, 2))
     data = mj.dataset(train["x"], train["y"])
     assembled, known = attack(jnp.arange(160)), mj.Known(params={"w": jnp.zeros(2), "b": jnp.zeros(())}, goal=goal)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.attacks.linear_models import single
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, combine, losses, threat
+from tests.attacks.linear_models import single
 
 LOSS, L2 = losses.logistic(single), 0.001
 WIDTH = 48
@@ -65,7 +65,8 @@ def test_few_images_within_a_budget_flip_more_test_images_the_more_there_are(x64
     params, radius = make(np.float64), 0.03
     whole = attacks.on_features(features_fn, trainer)
     clean = whole(None, params, train)[0]
-    right = np.flatnonzero(np.asarray(single(clean.head, features_fn(params.features, holdout.x)) > 0) == np.asarray(holdout.y))[:6]
+    said = np.asarray(single(clean.head, features_fn(params.features, holdout.x)) > 0)
+    right = np.flatnonzero(said == np.asarray(holdout.y))[:6]
     outer = outer_of()
 
     def flip(goal, num_rows):
