@@ -265,7 +265,7 @@ def defended(
     inner = trainer
     if during is not None:
         if getattr(trainer, "batched", None) is None:
-            raise ValueError("during: expected a trainer that runs the SGD loop (it has `batched`), got one that has no batches.")
+            raise ValueError("during: expected a trainer that runs the SGD loop (it has `batched`), got one without.")
         inner = trainer.batched(during)
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:

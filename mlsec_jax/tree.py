@@ -31,7 +31,8 @@ def mask_of(tree: Any, where: Where = None) -> Any:
         return jax.tree.map(is_float, tree)
     if callable(where):
         predicate: Callable[[str, Any], bool] = where
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: is_float(leaf) and bool(predicate(name(path), leaf)), tree)
+        keep = lambda path, leaf: is_float(leaf) and bool(predicate(name(path), leaf))
+        return jax.tree_util.tree_map_with_path(keep, tree)
     return jax.tree.map(
         lambda chosen, sub: jax.tree.map(lambda leaf: bool(chosen) and is_float(leaf), sub), where, tree
     )

@@ -30,8 +30,8 @@ def availability(
 
     `min_poison -mean ℓ(θ*(D), goal)`, the goal carrying its *true* labels.
 
-    Threat: changes - what `threat` says; sees - the training set, the trainer, θ₀ (`known.params`), validation data with
-    true labels (`known.goal`); budget - the threat's; assumes - the trainer given is the victim's or a surrogate of it.
+    Threat: changes - what `threat` says; sees - the training set, the trainer, θ₀ (`known.params`), validation data
+    with true labels (`known.goal`); budget - the threat's; assumes - the trainer given is the victim's or a surrogate.
 
     Args:
       loss_fn: the attacker's per-example loss `-> [n]`.
@@ -117,8 +117,8 @@ def error_specific_goal(holdout: Data, *, source: Any = 8, target: Any = 3, clea
     """The goal of an error-specific attack, in both its published forms.
 
     Rows of class `source` are relabelled `target`; every other row keeps its true label and its weight is multiplied by
-    `clean_weight`. With 0 the goal is the relabelled sources alone, as the 2017 paper ran it; with 1 it is the mixed set
-    of the lecture (targets with the desired label plus clean samples), which asks the attack to leave the rest alone.
+    `clean_weight`. With 0 the goal is the relabelled sources alone, as the 2017 paper ran it; with 1 it is the mixed
+    set of the lecture (targets with the desired label plus clean samples), which asks the attack to spare the rest.
 
     Args:
       holdout: validation data with integer labels.

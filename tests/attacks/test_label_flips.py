@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from linear_models import linear, single
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, losses
 from mlsec_jax.combine import needs_model
+from tests.attacks.linear_models import linear, single
 
 LOSS = losses.logistic(single)
 START = {"w": jnp.zeros(64), "b": jnp.zeros(())}
@@ -33,7 +33,7 @@ def problem(pair):
 
 
 def all_flips(problem, num_flips=6):
-    train, holdout, _, params = problem
+    _, holdout, _, params = problem
     two = lambda p, x, key=None: jnp.stack([-single(p, x), single(p, x)], axis=-1) / 2
     outer = losses.availability(LOSS)
     known = mj.Known(params=START, goal=holdout)
@@ -52,7 +52,8 @@ def all_flips(problem, num_flips=6):
 def flipped(problem):
     train = problem[0]._replace(weight=problem[0].weight.at[:5].set(0))
     flips = all_flips(problem)
-    act = jax.jit(lambda known: {name: flip(jax.random.key(0), train, known[name]) for name, (flip, _) in flips.items()})
+    each = lambda known, name: flips[name][0](jax.random.key(0), train, known[name])
+    act = jax.jit(lambda known: {name: each(known, name) for name in flips})
     return train, act({name: known for name, (_, known) in flips.items()})
 
 
@@ -123,7 +124,7 @@ def test_margins_rank_rows_and_name_the_runner_up(digits):
     params = {"w": jnp.asarray(rng.normal(size=(64, 10)).astype(np.float32)), "b": jnp.zeros(10)}
     flip = attacks.flip_margin(linear, num_flips=4)
     assert needs_model(flip)
-    data, info = flip(jax.random.key(0), mj.dataset(x, y), mj.Known(params=params))
+    data, _ = flip(jax.random.key(0), mj.dataset(x, y), mj.Known(params=params))
     logits = np.array(linear(params, x))
     own = logits[np.arange(30), y]
     logits[np.arange(30), y] = -np.inf
@@ -152,7 +153,7 @@ def test_random_flips_are_uniform_over_other_classes():
 
 
 def test_zero_flips_and_bad_budgets(problem):
-    train, holdout, _, params = problem
+    train = problem[0]
     for name, (flip, known) in all_flips(problem, 0).items():
         if name in ("random", "near", "greedy"):
             np.testing.assert_array_equal(flip(jax.random.key(0), train, known)[0].y, train.y)

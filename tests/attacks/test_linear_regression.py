@@ -1,13 +1,13 @@
-"""Poisoned ridge, LASSO and elastic net: the closed-form Jacobian system of Xiao et al., harm, and feature stability."""
+"""Poisoned ridge, LASSO and elastic net: the closed form of Xiao et al., harm, and feature stability."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linear_models import single
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, combine, losses, threat
+from tests.attacks.linear_models import single
 
 N, D = 20, 5
 
