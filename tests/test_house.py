@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVELS = ["base checks tree", "linalg", "losses threat measure", "loop", "combine", "bilevel scores", "attacks"]
+LEVELS = ["base checks tree", "linalg", "losses threat measure", "loop", "combine", "bilevel scores", "train", "attacks"]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 ANNEX = {"models", "data", "catalogue", "parallel", "drive", "_checkpoint"}
 FLOOR_0 = {"base", "checks", "tree", "linalg"}
