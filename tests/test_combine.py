@@ -131,7 +131,7 @@ def test_an_adaptive_attack_is_the_old_attack_on_a_defended_trainer():
         sanitize = combine.filter_top(distance, fraction=0.2, gradient=gradient, reads_model=False)
         guarded = combine.defended(trainer, before=[sanitize])
         algorithm = attacks.bilevel(outer, guarded, threat=reach, optimizer=attacks.unit_rows(0.1))
-        return jax.jit(lambda: combine.run(algorithm, KEY, far, problem.known, num_steps=10))()
+        return jax.jit(lambda: combine.run(algorithm, KEY, far, problem.known, num_steps=40))()
 
     with pytest.raises(ValueError, match="no poison row had a gradient"):
         attacks.require_alive(attack("hard")[1])

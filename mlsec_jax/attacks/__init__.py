@@ -22,6 +22,7 @@ from mlsec_jax.attacks._presets import (
     targeted,
     targeted_goal,
 )
+from mlsec_jax.attacks._svm_kkt import svm_kkt
 
 __all__ = [
     "Transferred",
@@ -45,6 +46,7 @@ __all__ = [
     "random_other",
     "require_alive",
     "start_points",
+    "svm_kkt",
     "swap",
     "targeted",
     "targeted_goal",
