@@ -12,7 +12,7 @@ ANNEX = {"models", "data", "catalogue", "parallel", "drive", "_checkpoint"}
 FLOOR_0 = {"base", "checks", "tree", "linalg"}
 SHARED = {  # what several files of one room share; a method never imports a sibling method
     "attacks": {"_bilevel"},
-    "bilevel": {"_unrolled", "_reversible", "_fixed_point", "_jaxopt"},
+    "bilevel": {"_unrolled", "_reversible", "_fixed_point", "_kernels", "_jaxopt"},
     "data": {"_cache"},
     "measure": {"_interval"},
     "models": {"_model", "_conv", "_pool", "_dense"},
