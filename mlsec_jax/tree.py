@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,7 @@ def merge(chosen: Any, rest: Any) -> Any:
 def dot(a: Any, b: Any) -> jax.Array:
     """The inner product of two trees."""
     terms = jax.tree.leaves(jax.tree.map(lambda u, v: jnp.vdot(u, v), a, b))
-    return sum(terms[1:], start=terms[0]) if terms else jnp.zeros(())
+    return functools.reduce(jnp.add, terms) if terms else jnp.zeros(())
 
 
 def norm(a: Any) -> jax.Array:

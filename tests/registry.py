@@ -27,6 +27,7 @@ class Row:
       lowers: whether the attack's reported `outer` must fall.
       targeted: whether another goal must give another result.
       budget: the default of that hyper-parameter.
+      read: `(problem, params) -> tree`, what of a trained model is compared (a kernel machine's parameters are rows).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Row:
     lowers: bool = True
     targeted: bool = True
     budget: float = 0.3
+    read: Callable[[Any, Any], Any] = lambda problem, params: params
     translation_invariant: bool = False
 
 
@@ -120,6 +122,15 @@ def _metapoison(problem, radius):
     )
 
 
+def _machine(problem):
+    """The binary problem with a kernel machine, whose parameters are the rows themselves."""
+    problem = problems.binary(problem)
+    apply_fn = bilevel.svm_apply(bilevel.linear())
+    num_rows, dtype = problem.train.num_rows, problem.train.x.dtype
+    params = bilevel.SVMParams(jnp.zeros(num_rows, dtype), jnp.zeros((), dtype), jnp.zeros_like(problem.train.x))
+    return problem._replace(params=params, apply_fn=apply_fn, loss_fn=losses.hinge(apply_fn, temperature=0.1))
+
+
 def _trainer(name, make, **options):
     return Row(name, "trainer", lambda problem, rate: make(problem, rate), **options)
 
@@ -135,6 +146,14 @@ ROWS = [
     _preset("attacks.availability", attacks.availability),
     Row(
         "attacks.linear_regression", "attack", _regression_attack, problem=problems.regression, project=_append, budget=0.1
+    ),
+    Row(
+        "attacks.svm_kkt",
+        "attack",
+        lambda problem, step_size: attacks.svm_kkt(threat=_append(problem), C=1.0, step_size=step_size),
+        problem=problems.binary,
+        project=_append,
+        budget=0.1,
     ),
     Row(
         "attacks.influence_images",
@@ -160,6 +179,17 @@ ROWS = [
     _trainer(
         "bilevel.back_gradient(exact)",
         lambda p, rate: bilevel.back_gradient(p.loss_fn, rate, 5, momentum=0.5, reversal="exact"),
+    ),
+    _trainer(
+        "bilevel.kkt_svm",
+        lambda p, C: bilevel.kkt_svm(C=C),
+        problem=_machine,
+        read=lambda p, params: p.apply_fn(params, p.known.goal.x),
+    ),
+    _trainer(
+        "bilevel.glm",
+        lambda p, l2: bilevel.glm(losses.logistic, l2=l2),
+        problem=problems.binary,
     ),
     _trainer("bilevel.implicit", lambda p, l2: bilevel.implicit(_objective(p, l2))),
     Row(

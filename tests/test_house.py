@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVELS = ["base checks tree", "linalg", "losses threat measure", "loop", "combine", "bilevel scores", "train", "attacks"]
+LEVELS = ["base checks tree", "linalg", "losses threat measure", "loop", "combine", "bilevel scores", "train attacks"]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 ANNEX = {"models", "data", "catalogue", "parallel", "drive", "_checkpoint"}
 FLOOR_0 = {"base", "checks", "tree", "linalg"}
 SHARED = {  # what several files of one room share; a method never imports a sibling method
     "attacks": {"_bilevel"},
-    "bilevel": {"_unrolled", "_reversible", "_fixed_point", "_kernels", "_jaxopt"},
+    "bilevel": {"_kernels", "_unrolled", "_reversible", "_fixed_point", "_jaxopt"},
     "data": {"_cache"},
     "measure": {"_interval"},
     "models": {"_model", "_conv", "_pool", "_dense"},

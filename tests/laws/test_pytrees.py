@@ -8,12 +8,11 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 import mlsec_jax as mj
-from mlsec_jax import attacks, bilevel, combine, losses, threat
+from mlsec_jax import attacks, bilevel, combine, losses, threat, tree
 from mlsec_jax.models import adapt
 from tests import problems
 
@@ -28,7 +27,7 @@ class Affine(NamedTuple):
 def zeros(model, x):
     """The model and its parameters, all zero, as the plain one starts."""
     params = model.init(KEY, x)
-    return model.apply, jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
+    return model.apply, jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if tree.is_float(leaf) else leaf, params)
 
 
 MAKERS = {

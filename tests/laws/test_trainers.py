@@ -34,7 +34,7 @@ def setting(name):
 def test_same_bits_no_retrace_structure_kept(row):
     _, problem, _, fit, gradient = setting(row.name)
     trained, _ = fit(jax.random.key(0), problem.params, problem.train)
-    fit(jax.random.key(1), problem.params, problems.make(seed=1).train)
+    fit(jax.random.key(1), problem.params, row.problem(problems.make(seed=1)).train)
     assert oracles.trees_equal(trained, fit(jax.random.key(0), problem.params, problem.train)[0])
     assert fit._cache_size() == 1
     assert jax.tree.map(lambda a: (a.shape, a.dtype), trained) == jax.tree.map(
@@ -50,7 +50,7 @@ def test_jit_is_eager_and_training_lowers_the_loss(row):
     _, problem, trainer, fit, _ = setting(row.name)
     eager, info = trainer(jax.random.key(0), problem.params, problem.train)
     jitted, _ = fit(jax.random.key(0), problem.params, problem.train)
-    assert oracles.trees_close(eager, jitted, rtol=1e-4, atol=1e-5)
+    assert oracles.trees_close(row.read(problem, eager), row.read(problem, jitted), rtol=1e-3, atol=1e-4)
     before = losses.empirical(problem.loss_fn)(problem.params, problem.train)
     assert float(losses.empirical(problem.loss_fn)(jitted, problem.train)) < float(before)
     del info
@@ -62,17 +62,17 @@ def test_vmap_over_keys_is_a_loop(row):
     keys = jax.random.split(jax.random.key(5), 2)
     together, _ = jax.jit(jax.vmap(fit, in_axes=(0, None, None)))(keys, problem.params, problem.train)
     alone, _ = fit(keys[1], problem.params, problem.train)
-    assert oracles.trees_close(tree.take(together, 1), alone, rtol=1e-4, atol=1e-5)
+    assert oracles.trees_close(row.read(problem, tree.take(together, 1)), row.read(problem, alone), rtol=1e-3, atol=1e-4)
 
 
 @by_row
 def test_weight_zero_is_absence_though_it_is_nan(row):
     _, problem, _, fit, _ = setting(row.name)
-    padded = problems.make(absent=3)
+    padded = row.problem(problems.make(absent=3))
     trainer = row.build(padded, row.budget)
     alone, _ = fit(jax.random.key(0), problem.params, problem.train)
     beside, _ = jax.jit(trainer)(jax.random.key(0), padded.params, padded.train)
-    assert oracles.trees_close(alone, beside, rtol=1e-4, atol=1e-5)
+    assert oracles.trees_close(row.read(problem, alone), row.read(padded, beside), rtol=1e-3, atol=1e-4)
 
 
 @by_row
@@ -80,4 +80,6 @@ def test_float_hyperparameters_may_be_traced(row):
     _, problem, _, fit, _ = setting(row.name)
     traced = jax.jit(lambda rate: row.build(problem, rate)(jax.random.key(0), problem.params, problem.train)[0])
     expected, _ = fit(jax.random.key(0), problem.params, problem.train)
-    assert oracles.trees_close(traced(jnp.float32(row.budget)), expected, rtol=1e-3, atol=1e-4)
+    assert oracles.trees_close(
+        row.read(problem, traced(jnp.float32(row.budget))), row.read(problem, expected), rtol=1e-3, atol=1e-3
+    )
