@@ -67,7 +67,7 @@ PUBLISHED = Setting(learning_rate=0.1, num_steps=100, as_published=True, outer_s
 
 
 def smooth_error(temperature: float) -> mj.base.OuterFn:
-    """Minus the smooth error on the goal, `-mean σ(-s f(x) / t)`: unlike the loss, it does not reward a wrong row twice."""
+    """Minus the smooth error on the goal, `-mean σ(-s f(x) / t)`; unlike the loss, it has no use for rows far gone."""
 
     def outer(params: Any, train: mj.Data, goal: mj.Data) -> jax.Array:
         del train
@@ -139,15 +139,14 @@ def attack_one(problem: Problem, setting: Setting, budgets: tuple[int, ...]) -> 
 
 def load(size: str) -> tuple[list[Problem], list[str]]:
     """The problems, and what they leave out of the paper."""
-    reductions = ["poisons of Spambase are anywhere in [0, 1]; the features are binary: see spam_error_poisoned_rounded"]
+    reductions = ["Spambase's features are 0 or 1, its poisons between them: spam_error_poisoned_rounded rounds them"]
     if size == "small":
-        images, sizes = data.mnist5k(), (100, 400, 500)
+        (x, y), sizes = data.mnist5k(), (100, 400, 500)
         reductions += ["1 against 7 from the 5,000 embedded MNIST digits, 500 test rows", "2 splits (paper: 10)"]
     else:
-        images, sizes = data.load("mnist", split="train"), (100, 400, 1697)
-    pool = slice(0, None if size == "small" else 20_000)
-    x, y = data.select_classes(images[0][pool], images[1][pool], [1, 7])
-    budgets = (4, 8, 12) if size == "small" else (2, 4, 6, 8, 10, 12)
+        (x, y), sizes = data.load("mnist", split="train"), (100, 400, 1697)
+    x, y = data.select_classes(x[:20_000], y[:20_000], [1, 7])
+    budgets: tuple[int, ...] = (4, 8, 12) if size == "small" else (2, 4, 6, 8, 10, 12)
     problems = [Problem("", data.to_data(x, y, flatten=True), sizes, 12, budgets, 0.5, 0.3)]
     try:
         mail = data.table("spambase")
@@ -186,7 +185,7 @@ def run(size: str, seed: int, context: Any) -> Result:
         return {name: np.asarray(value) for name, value in found.items()}
 
     figures: dict[str, Any] = {"n_splits": num_splits}
-    paper = {}
+    paper: dict[str, Paper] = {}
     gate = []
     for problem in problems:
         name = problem.prefix or "mnist_"
