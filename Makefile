@@ -12,10 +12,10 @@ demo: $(VENV)/.bench
 	$(BIN)/python -m benchmarks report --out $(RUNS)/demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check mlsec_jax benchmarks tests

@@ -1,4 +1,4 @@
-"""Machine-learning security in JAX: what an attacker or a defender does is a function you can compose and differentiate."""
+"""Machine-learning security in JAX: what attackers and defenders do, as functions to compose and differentiate."""
 
 from mlsec_jax.base import Algorithm, Data, Known, Threat, Trainer, dataset
 

@@ -164,12 +164,13 @@ def _no_probe(key: Key, params: Params, data: Data, cotangent: Params) -> dict[s
     return {}
 
 
-class Trainer(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Trainer:
     """How the victim learns, and how JAX differentiates through it. It is called like a function of data.
 
     `trainer(key, params, data) -> (params, info)`; `jax.grad` goes through it to `data` (and, unless the
     constructor says otherwise, to `params`). A plain function of that signature is as good a trainer anywhere in
-    the library; this tuple adds what `bilevel.diagnose` wants to know.
+    the library; this record adds what `bilevel.diagnose` wants to know.
 
     Attributes:
       fit: `(key, params, data) -> (params, info)`.

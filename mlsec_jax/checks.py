@@ -45,6 +45,14 @@ def count(name: str, value: Any, low: int = 0) -> None:
         raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}.")
 
 
+def labels(name: str, y: Any, weight: Any, num_classes: int) -> None:
+    """Raises if a row of positive weight has an integer label outside `[0, num_classes)`. Tracers pass."""
+    if is_concrete((y, weight)):
+        seen = np.asarray(y)[np.asarray(weight) > 0]
+        if seen.size and seen.dtype.kind in "iu" and (seen.min() < 0 or seen.max() >= num_classes):
+            raise ValueError(f"{name}: expected labels in [0, {num_classes}), got {seen.min()} to {seen.max()}.")
+
+
 def data(name: str, value: Any, num_classes: int | None = None) -> None:
     """Raises on NaN, labels out of range, negative weights, or no row of positive weight. Host border only.
 
@@ -67,15 +75,14 @@ def data(name: str, value: Any, num_classes: int | None = None) -> None:
         bad = ~np.isfinite(np.asarray(leaf)[present].reshape(present.sum(), -1)).all(axis=1)
         if bad.any():
             row = np.flatnonzero(present)[np.flatnonzero(bad)[0]]
-            raise ValueError(f"{name}.x: expected finite values, got NaN or infinity in {bad.sum()} rows (first: {row}).")
-    labels = np.asarray(value.y)[present]
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        raise ValueError(f"{name}.y: expected finite values, got NaN or infinity.")
-    if num_classes is not None and labels.dtype.kind in "iu":
-        if labels.min() < 0 or labels.max() >= num_classes:
             raise ValueError(
-                f"{name}.y: expected labels in [0, {num_classes}), got {labels.min()} to {labels.max()}."
+                f"{name}.x: expected finite values, got NaN or infinity in {bad.sum()} rows (first: {row})."
             )
-        empty = np.setdiff1d(np.arange(num_classes), labels)
+    seen = np.asarray(value.y)[present]
+    if seen.dtype.kind == "f" and not np.isfinite(seen).all():
+        raise ValueError(f"{name}.y: expected finite values, got NaN or infinity.")
+    if num_classes is not None and seen.dtype.kind in "iu":
+        labels(f"{name}.y", value.y, value.weight, num_classes)
+        empty = np.setdiff1d(np.arange(num_classes), seen)
         if empty.size:
             raise ValueError(f"{name}.y: expected at least one row of each class, got none of {empty.tolist()}.")

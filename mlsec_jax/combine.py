@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +47,8 @@ def iterate(algorithm: Algorithm, num_steps: int) -> Transform:
     return transform
 
 
-class ModelTransform(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ModelTransform:
     """A transform that reads a model from `known.params`; `defended` trains one for it.
 
     Attributes:
@@ -122,6 +124,46 @@ def best_of(
         return tree.take(results, best), {"best": tree.take(infos, best), "losses": losses}
 
     return ModelTransform(act) if needs_model(transform) else act
+
+
+class KeepBest(NamedTuple):
+    """The state of `keep_best`.
+
+    Attributes:
+      state: the algorithm's own.
+      best: the state of the lowest value so far.
+      value: that value.
+    """
+
+    state: Any
+    best: Any
+    value: jax.Array
+
+
+def keep_best(algorithm: Algorithm, value_fn: Callable[[Info], jax.Array] = lambda info: info["outer"]) -> Algorithm:
+    """Remembers the state of the lowest value that the algorithm itself reported; `read` reads that one.
+
+    A step's info is of the state that it started from, so the last state, which no step has looked at, is not a
+    candidate. NaN is never the lowest.
+
+    Args:
+      algorithm: any `Algorithm`.
+      value_fn: `info -> scalar`, what is to be low; the attacker's own objective, never a test figure.
+    """
+
+    def init(key: Key, subject: Any, known: Known) -> KeepBest:
+        state = algorithm.init(key, subject, known)
+        info = jax.eval_shape(algorithm.step, key, state, subject, known)[1]
+        return KeepBest(state, state, jnp.asarray(jnp.inf, jax.eval_shape(value_fn, info).dtype))
+
+    def step(key: Key, state: KeepBest, subject: Any, known: Known) -> tuple[KeepBest, Info]:
+        moved, info = algorithm.step(key, state.state, subject, known)
+        value = value_fn(info)
+        better = value < state.value
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.state, state.best)
+        return KeepBest(moved, best, jnp.where(better, value, state.value)), info
+
+    return Algorithm(init, step, lambda state, subject: algorithm.read(state.best, subject))
 
 
 class Soft(NamedTuple):
@@ -223,7 +265,7 @@ def defended(
     inner = trainer
     if during is not None:
         if getattr(trainer, "batched", None) is None:
-            raise ValueError("during: expected a trainer that runs the SGD loop (it has `batched`), got one that has no batches.")
+            raise ValueError("during: expected a trainer that runs the SGD loop (it has `batched`), got one without.")
         inner = trainer.batched(during)
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import tree
+from mlsec_jax import checks, tree
 from mlsec_jax.base import ApplyFn, Data, LossFn, OuterFn, Params
 
 
@@ -23,6 +23,8 @@ def soft_labels(y: jax.Array, num_classes: int, dtype: Any = None) -> jax.Array:
 def cross_entropy(apply_fn: ApplyFn) -> LossFn:
     """Softmax cross-entropy `-Σ_c y_c log softmax(f(x))_c`; labels integer `[n]` or soft `[n, c]`.
 
+    An integer label outside `[0, c)` raises where it can be seen, and costs NaN where it is traced; never 0.
+
     >>> zero = lambda params, x, key=None: jnp.zeros((x.shape[0], 2))
     >>> from mlsec_jax.base import dataset
     >>> round(float(cross_entropy(zero)(None, dataset(jnp.ones((1, 3)), jnp.array([1])))[0]), 4)
@@ -31,7 +33,13 @@ def cross_entropy(apply_fn: ApplyFn) -> LossFn:
 
     def loss_fn(params: Params, data: Data, key: jax.Array | None = None) -> jax.Array:
         log_p = jax.nn.log_softmax(apply_fn(params, data.x, key))
-        return -jnp.sum(log_p * soft_labels(data.y, log_p.shape[-1], log_p.dtype).astype(log_p.dtype), axis=-1)
+        num_classes = log_p.shape[-1]
+        target = soft_labels(data.y, num_classes, log_p.dtype).astype(log_p.dtype)
+        loss = -jnp.sum(log_p * target, axis=-1)
+        if data.y.ndim == 2:
+            return loss
+        checks.labels("data.y", data.y, data.weight, num_classes)
+        return jnp.where((data.y >= 0) & (data.y < num_classes), loss, jnp.nan)
 
     return loss_fn
 

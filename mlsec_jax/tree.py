@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ def mask_of(tree: Any, where: Where = None) -> Any:
         return jax.tree.map(is_float, tree)
     if callable(where):
         predicate: Callable[[str, Any], bool] = where
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: is_float(leaf) and bool(predicate(name(path), leaf)), tree)
+        keep = lambda path, leaf: is_float(leaf) and bool(predicate(name(path), leaf))
+        return jax.tree_util.tree_map_with_path(keep, tree)
     return jax.tree.map(
         lambda chosen, sub: jax.tree.map(lambda leaf: bool(chosen) and is_float(leaf), sub), where, tree
     )
@@ -58,7 +60,7 @@ def merge(chosen: Any, rest: Any) -> Any:
 def dot(a: Any, b: Any) -> jax.Array:
     """The inner product of two trees."""
     terms = jax.tree.leaves(jax.tree.map(lambda u, v: jnp.vdot(u, v), a, b))
-    return sum(terms[1:], start=terms[0]) if terms else jnp.zeros(())
+    return functools.reduce(jnp.add, terms) if terms else jnp.zeros(())
 
 
 def norm(a: Any) -> jax.Array:

@@ -46,9 +46,7 @@ def unit_rows(step_size: Any) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        square = sum(
-            jnp.sum(jnp.square(leaf).reshape(leaf.shape[0], -1), axis=-1) for leaf in jax.tree.leaves(updates)
-        )
+        square = sum(jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(updates))
         inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
         scale = lambda leaf: -jnp.asarray(step_size, leaf.dtype) * leaf * tree.per_row(inverse, leaf)
         return jax.tree.map(scale, updates), state
@@ -105,6 +103,9 @@ def bilevel(
     """
     order = joint() if order is None else order
 
+    def needed(known: Known) -> tuple[Any, Any]:
+        return known.require("goal", by="attacks.bilevel"), known.require("params", by="attacks.bilevel")
+
     def points(poison: Any) -> int:
         return jax.tree.leaves(poison)[0].shape[0] if threat.rows is not None else 1
 
@@ -113,19 +114,20 @@ def bilevel(
         data = threat.embed(poison, subject)
         present, moving = order(step, points(poison))
         if threat.rows is not None:
-            rows = jnp.asarray(threat.rows)
-            weight = data.weight.at[rows].multiply(present.astype(data.weight.dtype))
-            data = data._replace(weight=weight)
+            factor = jnp.ones_like(data.weight).at[jnp.asarray(threat.rows)].set(present.astype(data.weight.dtype))
+            data = data._replace(weight=data.weight * factor)
         return data, moving
 
     def init(key: Key, subject: Data, known: Known) -> BilevelState:
         checks.data("subject", subject)
+        goal, params = needed(known)
+        if checks.is_concrete((subject, known)):  # the host border: what loss and trainer check of concrete data
+            jax.eval_shape(lambda start: outer(trainer(jax.random.key(0), start, subject)[0], subject, goal), params)
         poison = threat.project(threat.init(key, subject), subject)
         return BilevelState(poison, optimizer.init(poison), jnp.zeros((), jnp.int32))
 
     def step(key: Key, state: BilevelState, subject: Data, known: Known) -> tuple[BilevelState, Info]:
-        goal = known.require("goal", by="attacks.bilevel")
-        params = known.require("params", by="attacks.bilevel")
+        goal, params = needed(known)
         train_key = jax.random.key(0) if fixed_key else key
 
         def objective(poison: Any) -> tuple[jax.Array, Any]:
@@ -138,7 +140,7 @@ def bilevel(
         if threat.rows is not None:
             rows = jnp.asarray(threat.rows)
             gradient = jax.tree.map(lambda g: jnp.where(tree.per_row(moving, g), g, 0), gradient)
-            nonzero = [jnp.any(g.reshape(g.shape[0], -1) != 0, axis=-1) for g in jax.tree.leaves(gradient)]
+            nonzero = [jnp.any(g != 0, axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradient)]
             kept = (info.get("weight", weight) if isinstance(info, dict) else weight)[rows] > 0
             alive = jnp.sum(jnp.any(jnp.stack(nonzero), axis=0) & kept)
         moved, opt_state = loop.apply_optimizer(optimizer, gradient, state.optimizer, state.poison)

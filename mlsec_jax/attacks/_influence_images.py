@@ -63,13 +63,13 @@ def influence_images(
 ) -> Algorithm:
     """Changes training images by less than rounding, so that a retrained head errs on a chosen test image.
 
-    `x ← Π(x - α sign ∇_x outer(θ*(D)))`, `outer = -L(goal, θ*)`: for `bilevel.implicit` the gradient is the perturbation
-    influence `∇L(goal)ᵀ H⁻¹ ∂_x∇_θ ℓ(x, y)` of the paper, taken anew after every retraining.
+    `x ← Π(x - α sign ∇_x outer(θ*(D)))`, `outer = -L(goal, θ*)`: for `bilevel.implicit` the gradient is the
+    perturbation influence `∇L(goal)ᵀ H⁻¹ ∂_x∇_θ ℓ(x, y)` of the paper, taken anew after every retraining.
 
     Threat: changes - the pixels of the threat's rows, labels stay; sees - the training set, the frozen network and the
     head's start (`known.params`, `Transferred`), the test images with their true labels (`known.goal`); budget - the
-    threat's: `perturb_rows(rows, radius=0.5 / 255)` keeps every image within the rounding of its 8-bit self; assumes - the
-    victim freezes the features and retrains the head to its optimum, on images that are not re-quantised.
+    threat's: `perturb_rows(rows, radius=0.5 / 255)` keeps every image within the rounding of its 8-bit self; assumes -
+    the victim freezes the features and retrains the head to its optimum, on images that are not re-quantised.
 
     Args:
       features_fn: `(params, x, key=None) -> [n, d]`.
@@ -81,8 +81,8 @@ def influence_images(
     Returns:
       An `Algorithm`: `bilevel` with a sign step.
 
-    References: Koh & Liang, ICML 2017, section 5.2. Deviates from the paper in: no early stop at p(correct) < ½ (look at
-    `outer` in the infos); the solve is the trainer's, not LiSSA.
+    References: Koh & Liang, ICML 2017, section 5.2. Deviates from the paper in: no early stop at p(correct) < ½ (look
+    at `outer` in the infos); the solve is the trainer's, not LiSSA.
     """
     outer = losses.availability(on_features_loss(features_fn, loss_fn))
     return bilevel(outer, on_features(features_fn, trainer), threat=threat, optimizer=optax.sign_sgd(step_size))

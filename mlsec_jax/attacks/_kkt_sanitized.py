@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Info, Key, Known, Params, Transform
@@ -48,7 +49,7 @@ def linear_parts(apply_fn: ApplyFn, params: Params, x: jax.Array) -> tuple[jax.A
 
 
 def feasible_set(train: Data, weight: jax.Array, bias: jax.Array, *, percentile: Any, lo: Any, hi: Any) -> Feasible:
-    """The sphere, slab, box and loss bounds that `percentile` of each clean class satisfies, at a decoy `(weight, bias)`."""
+    """The sphere, slab, box and loss bounds that `percentile` of each clean class satisfies, at a decoy."""
     rows, means, member = centroids(train)
     own = (train.y > 0).astype(jnp.int32)
     square = jnp.sum(jnp.square(rows - means[own]), axis=1)
@@ -202,14 +203,14 @@ def kkt_sanitized(
 
     For a decoy θ* and copies `ε_± n` of `x_±`, the KKT condition of the poisoned hinge objective,
     `g + (1 + ε) λ θ* - ε_+ x_+ + ε_- x_- = 0` with g the gradient of the clean mean hinge loss, is solved in least
-    squares over the feasible set: a convex problem. Every decoy (`quantiles` × `copies`) is tried with every split of the
-    budget and with the split that balances the bias, `ε_- = (ε - g_b) / 2`; the poisoned set that harms the retrained
-    victim most on the holdout is kept.
+    squares over the feasible set: a convex problem. Every decoy (`quantiles` × `copies`) is tried with every split of
+    the budget and with the split that balances the bias, `ε_- = (ε - g_b) / 2`; the poisoned set that harms the
+    retrained victim most on the holdout is kept.
 
     Threat: changes - it fills the last `num_poisons` (reserved) rows, inputs and labels; sees - the training set, θ₀
     (`known.params`) and data of its own (`known.holdout`); budget - `num_poisons` rows inside the sphere, the slab, the
-    box and the loss bound that `percentile` of each clean class satisfies; assumes - a linear victim with hinge loss and
-    l2/2 ‖w‖², and a sanitizer no stricter than those bounds.
+    box and the loss bound that `percentile` of each clean class satisfies; assumes - a linear victim with hinge loss
+    and l2/2 ‖w‖², and a sanitizer no stricter than those bounds.
 
     Args:
       apply_fn: `(params, x, key=None) -> [n]` or `[n, 1]`, affine in x.
@@ -228,8 +229,8 @@ def kkt_sanitized(
 
     Returns:
       A `Transform` of training `Data` with labels {0, 1} or {-1, +1} and `num_poisons` reserved rows at its end
-      (`threat.reserve`). Info: `points [2, d]`, `num_positive`, `residual`, `violation`, `decoy` of the best candidate, and
-      `losses [candidates]`, the victim's mean 0-1 loss on the holdout for all.
+      (`threat.reserve`). Info: `points [2, d]`, `num_positive`, `residual`, `violation`, `decoy` of the best candidate,
+      and `losses [candidates]`, the victim's mean 0-1 loss on the holdout for all.
 
     References: Koh, Steinhardt & Liang, Machine Learning 111, 2022 (arXiv:1811.00741), section 4. Deviates from the
     paper in: every decoy is tried instead of the Pareto front; no integer constraint on word counts.
@@ -247,7 +248,7 @@ def kkt_sanitized(
         holdout = known.require("holdout", by="attacks.kkt_sanitized")
         checks.data("subject", subject)
         first = subject.num_rows - num_poisons
-        if first < 0 or (checks.is_concrete(subject.weight) and bool(jnp.any(subject.weight[first:] > 0))):
+        if first < 0 or (checks.is_concrete(subject.weight) and np.any(np.asarray(subject.weight)[first:] > 0)):
             raise ValueError(f"num_poisons: expected {num_poisons} reserved rows at the end (threat.reserve).")
         if num_poisons == 0:
             return subject, {}
@@ -259,7 +260,7 @@ def kkt_sanitized(
         negative = jnp.where(jnp.any(subject.y < 0), -1, 0).astype(subject.y.dtype)
 
         def poisoned(points: jax.Array, positive: jax.Array) -> Data:
-            chosen = (jnp.arange(num_poisons) < positive).astype(jnp.int32)
+            chosen = (jnp.arange(num_poisons, dtype=positive.dtype) < positive).astype(jnp.int32)
             rows = points[chosen].reshape((num_poisons,) + x.shape[1:])
             labels = jnp.where(chosen > 0, 1, negative).astype(subject.y.dtype)
             data = subject._replace(x=x.at[first:].set(rows), y=subject.y.at[first:].set(labels))

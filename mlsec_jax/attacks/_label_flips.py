@@ -1,7 +1,7 @@
 """Poisoning by flipping labels: random, ranked by margin, greedy (Paudice et al. 2018), ALFA (Xiao et al. 2012).
 
-All are `Transform`s of training `Data` with integer labels in `[0, num_classes)`, at a fixed budget `num_flips`. Rows of
-weight 0 are never flipped.
+All are `Transform`s of training `Data` with integer labels in `[0, num_classes)`, at a fixed budget `num_flips`. Rows
+of weight 0 are never flipped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, losses
 from mlsec_jax.base import ApplyFn, Data, Info, Key, Known, LossFn, OuterFn, Transform
@@ -19,9 +20,12 @@ from mlsec_jax.combine import ModelTransform
 def _check(subject: Data, num_flips: int, num_classes: int) -> None:
     if subject.y.ndim != 1 or not jnp.issubdtype(subject.y.dtype, jnp.integer):
         raise ValueError(f"subject.y: label flips need integer labels [n], got {subject.y.dtype}{subject.y.shape}.")
-    checks.data("subject", subject, num_classes)
-    if checks.is_concrete(subject.weight) and num_flips > int(jnp.sum(subject.weight > 0)):
-        raise ValueError(f"num_flips: expected at most the {int(jnp.sum(subject.weight > 0))} present rows, got {num_flips}.")
+    checks.data("subject", subject)
+    if checks.is_concrete(subject):
+        present = np.asarray(subject.weight) > 0
+        checks.between("subject.y", np.asarray(subject.y)[present], 0, num_classes - 1)
+        if num_flips > present.sum():
+            raise ValueError(f"num_flips: expected at most the {present.sum()} present rows, got {num_flips}.")
 
 
 def _flip_lowest(subject: Data, score: jax.Array, labels: jax.Array, num_flips: int) -> tuple[Data, Info]:
@@ -64,7 +68,7 @@ def flip_random(*, num_flips: int, num_classes: int, stratify: bool = False) -> 
     return transform
 
 
-def flip_margin(apply_fn: ApplyFn, *, num_flips: int, farthest: bool = False) -> Transform:
+def flip_margin(apply_fn: ApplyFn, *, num_flips: int, farthest: bool = False) -> ModelTransform:
     """Flips the rows nearest to (or farthest from) the decision boundary to the strongest other class.
 
     Ranked by the margin `f_y(x) - max_{c≠y} f_c(x)` of the model in `known.params`: nearest flips the smallest
@@ -100,7 +104,7 @@ def flip_margin(apply_fn: ApplyFn, *, num_flips: int, farthest: bool = False) ->
 
 
 def flip_greedy(outer: OuterFn, trainer: Any, *, num_flips: int, num_classes: int, over: str = "map") -> Transform:
-    """Tries every flip by retraining, keeps the one that serves the goal best, and goes on: `O(n · num_flips)` trainings.
+    """Tries every flip by retraining, keeps the best, and goes on: `O(n · num_flips)` trainings.
 
     Step t: `(i, c) = argmin_{i not yet flipped, c ≠ y_i} outer(θ*(D with y_i := c), D, goal)`.
 
@@ -158,7 +162,9 @@ def flip_greedy(outer: OuterFn, trainer: Any, *, num_flips: int, num_classes: in
     return transform
 
 
-def flip_alfa(loss_fn: LossFn, trainer: Any, *, num_flips: int, num_classes: int = 2, num_rounds: int = 10) -> Transform:
+def flip_alfa(
+    loss_fn: LossFn, trainer: Any, *, num_flips: int, num_classes: int = 2, num_rounds: int = 10
+) -> Transform:
     """Adversarial label flips: labels that a poisoned model fits well and the clean model fits badly.
 
     Over the set of every row with every label, `min_q Σ_i Σ_c q_ic (ℓ_poisoned(x_i, c) - ℓ_clean(x_i, c))` with one

@@ -28,11 +28,11 @@ def linear_regression(
     """Poisons a regularised linear regression, to raise the learner's own objective on the attacker's data.
 
     `max_poison W = mean ½(f(x̂) - ŷ)² + l2/2 ‖w‖² + l1 ‖w‖₁` at the learner's optimum of the same functional on the
-    poisoned set. Ridge: `l2=λ`. LASSO: `l1=λ` (scikit-learn's `alpha`). Elastic net: `l1=λρ, l2=λ(1-ρ)`. With an L1 part
-    every object is restricted to the active set `{j : w_j ≠ 0}`.
+    poisoned set. Ridge: `l2=λ`. LASSO: `l1=λ` (scikit-learn's `alpha`). Elastic net: `l1=λρ, l2=λ(1-ρ)`. With an L1
+    part every object is restricted to the active set `{j : w_j ≠ 0}`.
 
-    Threat: changes - what `threat` says; sees - the training set, the learner's λ and start (`known.params`), data of its
-    own (`known.goal`, true targets); budget - the threat's; assumes - the learner reaches its optimum.
+    Threat: changes - what `threat` says; sees - the training set, the learner's λ and start (`known.params`), data of
+    its own (`known.goal`, true targets); budget - the threat's; assumes - the learner reaches its optimum.
 
     Args:
       apply_fn: `(params, x, key=None) -> [n]` or `[n, 1]`; leaves named `b` or `bias` are not penalised.
@@ -41,8 +41,8 @@ def linear_regression(
       l1: weight of ‖w‖₁, on the scale of the mean loss.
       l2: weight of ½‖w‖².
       solver: of the learner (`bilevel.implicit`).
-      linear_solve: of the implicit system. Ridge and elastic net are positive definite; LASSO is on its active set if no
-        two active features are collinear, else pass `bilevel.lu()` or `normal_cg`.
+      linear_solve: of the implicit system. Ridge and elastic net are positive definite; LASSO is on its active set if
+        no two active features are collinear, else pass `bilevel.lu()` or `normal_cg`.
       order: `greedy(steps_per_point, passes=…)` is the paper's cycling over points.
 
     Returns:

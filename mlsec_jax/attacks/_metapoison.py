@@ -49,12 +49,12 @@ def metapoison(
 
     Each crafting step takes every surrogate through one epoch of clean training. From each state θ₀ on the way it
     looks ahead `θ₁ = u(θ₀, batch with poisons)`, `θ_{k+1} = u(θ_k, clean batch)`, and
-    `min_poison mean_{m, batches} (1/K) Σ_{k=1..K} outer(θ_k, D, goal)`; then θ₀ advances on the clean batch. Surrogate m
-    of M starts at epoch `m E / M` and is drawn anew when it has seen E epochs.
+    `min_poison mean_{m, batches} (1/K) Σ_{k=1..K} outer(θ_k, D, goal)`; then θ₀ advances on the clean batch. Surrogate
+    m of M starts at epoch `m E / M` and is drawn anew when it has seen E epochs.
 
     Threat: changes - what `threat` says (`perturb_rows(rows, radius=8 / 255)`); sees - the training set, the victim's
-    architecture and training recipe (`init_fn`, `inner_optimizer`), its targets with desired labels (`known.goal`); budget
-    - the threat's; assumes - the victim trains from scratch, its initialisation unknown.
+    architecture and training recipe (`init_fn`, `inner_optimizer`), its targets with desired labels (`known.goal`);
+    budget - the threat's; assumes - the victim trains from scratch, its initialisation unknown.
 
     Args:
       outer: `(params, data, goal) -> scalar`; `losses.goal_loss(losses.margin(apply_fn))` is the paper's.
@@ -64,8 +64,8 @@ def metapoison(
       optimizer: on the poison; Adam with a schedule is the paper's.
       inner_optimizer: the surrogates'.
       batch_size: static.
-      num_surrogates: M, static; ignored if `known.surrogates` brings a stacked population, which is then taken as already
-        staggered.
+      num_surrogates: M, static; ignored if `known.surrogates` brings a stacked population, which is then taken as
+        already staggered.
       num_epochs: E, static.
       unroll: K, static.
       over: the surrogates' axis, `"map"` or `"vmap"`.

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mlsec_jax import checks, losses, tree
@@ -29,8 +30,8 @@ def availability(
 
     `min_poison -mean ℓ(θ*(D), goal)`, the goal carrying its *true* labels.
 
-    Threat: changes - what `threat` says; sees - the training set, the trainer, θ₀ (`known.params`), validation data with
-    true labels (`known.goal`); budget - the threat's; assumes - the trainer given is the victim's or a surrogate of it.
+    Threat: changes - what `threat` says; sees - the training set, the trainer, θ₀ (`known.params`), validation data
+    with true labels (`known.goal`); budget - the threat's; assumes - the trainer given is the victim's or a surrogate.
 
     Args:
       loss_fn: the attacker's per-example loss `-> [n]`.
@@ -116,8 +117,8 @@ def error_specific_goal(holdout: Data, *, source: Any = 8, target: Any = 3, clea
     """The goal of an error-specific attack, in both its published forms.
 
     Rows of class `source` are relabelled `target`; every other row keeps its true label and its weight is multiplied by
-    `clean_weight`. With 0 the goal is the relabelled sources alone, as the 2017 paper ran it; with 1 it is the mixed set
-    of the lecture (targets with the desired label plus clean samples), which asks the attack to leave the rest alone.
+    `clean_weight`. With 0 the goal is the relabelled sources alone, as the 2017 paper ran it; with 1 it is the mixed
+    set of the lecture (targets with the desired label plus clean samples), which asks the attack to spare the rest.
 
     Args:
       holdout: validation data with integer labels.
@@ -134,7 +135,7 @@ def error_specific_goal(holdout: Data, *, source: Any = 8, target: Any = 3, clea
     ([3, 3, 1], [1.0, 0.5, 0.5])
     """
     checks.at_least("clean_weight", clean_weight, 0)
-    if checks.is_concrete((holdout, source)) and not bool(jnp.any((holdout.y == source) & (holdout.weight > 0))):
+    if checks.is_concrete((holdout, source)) and source not in np.asarray(holdout.y)[np.asarray(holdout.weight) > 0]:
         raise ValueError(f"source: expected a class that holdout has rows of, got {source}.")
     chosen = holdout.y == source
     factor = jnp.where(chosen, 1, jnp.asarray(clean_weight, holdout.weight.dtype))
@@ -183,7 +184,9 @@ def start_points(key: Key, train: Data, num_points: int, *, rule: Rule, classes:
     eligible = train.weight > 0
     if classes is not None:
         eligible &= jnp.any(train.y[:, None] == jnp.asarray(classes, train.y.dtype)[None, :], axis=1)
-    if num_points and checks.is_concrete(eligible) and not bool(jnp.any(eligible)):
+    if num_points and checks.is_concrete(train) and not np.isin(
+        np.asarray(train.y)[np.asarray(train.weight) > 0], np.asarray(train.y if classes is None else classes)
+    ).any():
         raise ValueError(f"classes: expected at least one training row of the classes {classes}, got none.")
     order = jnp.argsort(jnp.where(eligible, jax.random.uniform(row_key, eligible.shape), 2.0))
     count = jnp.maximum(jnp.sum(eligible.astype(order.dtype)), 1)

@@ -51,8 +51,15 @@ def svm_kkt(
     victim = trainers.kkt_svm(kernel=kernel, C=C)
     attack = bilevel(goal_outer, victim, threat=threat, optimizer=unit_rows(step_size), order=order or joint())
 
-    def step(key: Key, state: Any, subject: Any, known: Known) -> tuple[Any, Info]:
+    def seen(known: Known) -> Known:
+        """The machine has no initial parameters."""
         known.require("goal", by="attacks.svm_kkt")
-        return attack.step(key, state, subject, known.replace(params=()))
+        return known.replace(params=())
 
-    return attack._replace(step=step)
+    def init(key: Key, subject: Any, known: Known) -> Any:
+        return attack.init(key, subject, seen(known))
+
+    def step(key: Key, state: Any, subject: Any, known: Known) -> tuple[Any, Info]:
+        return attack.step(key, state, subject, seen(known))
+
+    return attack._replace(init=init, step=step)

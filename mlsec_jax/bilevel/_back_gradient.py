@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -13,7 +14,7 @@ import optax
 
 from mlsec_jax import checks, loop, tree
 from mlsec_jax.base import Data, Info, Key, LossFn, Params, Trainer
-from mlsec_jax.bilevel._reversible import reversible_sgd
+from mlsec_jax.bilevel._reversible import hoist, reversible_sgd
 from mlsec_jax.bilevel._unrolled import final_info, plain_scan, unrolled
 
 REVERSALS = ("stored", "approximate", "fixed_point", "exact")
@@ -199,7 +200,8 @@ def back_gradient(
 
     optimizer = optax.sgd(learning_rate, float(momentum) or None)
     if reversal == "stored":
-        return unrolled(loss_fn, optimizer, num_steps, remat="step", **slots)._replace(batched=batched)
+        stored = unrolled(loss_fn, optimizer, num_steps, remat="step", **slots)
+        return dataclasses.replace(stored, batched=batched)
     plan = loop.sgd(loss_fn, optimizer, num_steps, **slots)
 
     def gradient(chosen: Params, t: jax.Array, args: Any) -> Params:
@@ -212,10 +214,9 @@ def back_gradient(
 
     def walk_of(chosen: Params, args: Any) -> tuple[_Walk, Any]:
         """The float run; tracers that the loss closes over become operands."""
-        pure, hoisted = jax.closure_convert(gradient, chosen, jnp.zeros((), jnp.int32), args)
+        pure, hoisted = hoist(gradient, chosen, args)
         inversions, segment = (num_inversions, anchor_every) if reversal == "fixed_point" else (1, max(num_steps, 1))
-        hoisted_gradient = lambda w, t, both: pure(w, t, both[0], *both[1])
-        return _Walk(hoisted_gradient, float(momentum), num_steps, inversions, segment), (args, hoisted)
+        return _Walk(pure, float(momentum), num_steps, inversions, segment), (args, hoisted)
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
         chosen, fixed, args = prepare(key, params, data)

@@ -8,6 +8,7 @@ buffer of `log2(1 / mu)` bits a parameter and step, and every step has an exact 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from fractions import Fraction
@@ -75,7 +76,8 @@ class _Flat(NamedTuple):
         leaves, treedef = jax.tree.flatten(tree)
         if treedef != self.treedef or tuple(map(jnp.shape, leaves)) != self.shapes:
             shapes = list(map(jnp.shape, leaves))
-            raise ValueError(f"expected a pytree like params, {self.treedef} of {self.shapes}, got {treedef} of {shapes}.")
+            like = f"{self.treedef} of {list(self.shapes)}"
+            raise ValueError(f"gradient: expected a pytree like params, {like}, got {treedef} of {shapes}.")
         return jnp.concatenate([jnp.asarray(leaf).astype(self.dtype).ravel() for leaf in leaves])
 
     def unravel(self, vector: jax.Array) -> Params:
@@ -100,7 +102,7 @@ def as_fraction(momentum: float | Fraction) -> Fraction:
     if not 0 < near < 1:
         raise ValueError(f"momentum: expected 0 < momentum < 1 (plain SGD loses no digits to keep), got {momentum}.")
     if abs(near - exact) > Fraction(1, 10**9):
-        raise ValueError(f"momentum: expected a fraction with a denominator of at most 65536, got {momentum}; try {near}.")
+        raise ValueError(f"momentum: expected a fraction with denominator at most 65536, got {momentum}; try {near}.")
     return near
 
 
@@ -131,8 +133,8 @@ def _sealed_gradient(
 ) -> tuple[Words, jax.Array]:
     """The gradient from integers to integers, compiled alike wherever it is called.
 
-    Forward and reverse loops are compiled apart, and fused with its surroundings the same gradient could round
-    differently in each. A branch taken on a condition that the compiler cannot decide is a computation of its own.
+    Forward and reverse loops are compiled apart, and fused with its surroundings the same gradient may round
+    differently in each (seen on CPU). A branch on a condition that the compiler cannot decide is compiled alone.
     """
 
     def evaluate(weights: Words, step: jax.Array, args: Any) -> tuple[Words, jax.Array]:
@@ -194,8 +196,8 @@ def _start(setting: _Setting, flat: _Flat, params: Params) -> ReversibleState:
 
 def _mismatches(state: ReversibleState, start: ReversibleState) -> jax.Array:
     """How many parameters came back with a weight, velocity or store other than they started with."""
-    pairs = zip(jax.tree.leaves(state._replace(buffer=())), jax.tree.leaves(start._replace(buffer=())))
-    return jnp.sum(functools.reduce(jnp.logical_or, [a != b for a, b in pairs if a.ndim]))
+    mine, theirs = ((*s.weights, *s.velocity, s.store) for s in (state, start))
+    return jnp.sum(functools.reduce(jnp.logical_or, [a != b for a, b in zip(mine, theirs)]))
 
 
 def _run(setting: _Setting, flat: _Flat, rates: jax.Array, params: Params, args: Any) -> ReversibleState:
@@ -214,7 +216,13 @@ def _is_real(leaf: jax.Array) -> bool:
 
 
 def _pull_back(
-    setting: _Setting, flat: _Flat, rates: jax.Array, params: Params, args: Any, state: ReversibleState, cotangent: Params
+    setting: _Setting,
+    flat: _Flat,
+    rates: jax.Array,
+    params: Params,
+    args: Any,
+    state: ReversibleState,
+    cotangent: Params,
 ) -> tuple[jax.Array, Params, Any, jax.Array]:
     """Algorithm 2 of Maclaurin et al.: the run back and the adjoint in one loop."""
     leaves, treedef = jax.tree.flatten(args)
@@ -272,7 +280,7 @@ def _train_backward(setting: _Setting, kept: Any, cotangents: Any) -> tuple[jax.
 _train.defvjp(_train_forward, _train_backward)
 
 
-def _hoist(grad_fn: GradFn, params: Params, args: Any) -> tuple[GradFn, list[Any]]:
+def hoist(grad_fn: GradFn, params: Params, args: Any) -> tuple[GradFn, list[Any]]:
     """The gradient as a function of `(params, step, (args, hoisted))`, with the tracers it closes over in `hoisted`."""
     closed, shape = jax.make_jaxpr(grad_fn, return_shape=True)(params, jnp.int32(0), args)
     treedef = jax.tree.structure(shape)
@@ -288,7 +296,8 @@ def _hoist(grad_fn: GradFn, params: Params, args: Any) -> tuple[GradFn, list[Any
     return pure_fn, [const for opened, const in zip(is_open, closed.consts) if opened]
 
 
-class ReversibleSGD(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ReversibleSGD:
     """Exactly reversible momentum SGD. It is called like a function: `(learning_rate, params, args) -> (params, info)`.
 
     Attributes:
@@ -357,7 +366,7 @@ def reversible_sgd(
         rate = jnp.asarray(learning_rate).astype(_Flat.of(params).dtype)
         if rate.shape not in ((), (num_steps,)):
             raise ValueError(f"learning_rate: expected a scalar or shape ({num_steps},), got shape {rate.shape}.")
-        pure_fn, hoisted = _hoist(grad_fn, params, args)
+        pure_fn, hoisted = hoist(grad_fn, params, args)
         setting = _Setting(pure_fn, mu, num_steps, fraction_bits)
         return setting, jnp.broadcast_to(rate, (num_steps,)), params, (args, hoisted)
 

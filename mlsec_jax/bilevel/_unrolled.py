@@ -98,6 +98,7 @@ def unrolled(
     Returns:
       A `Trainer`; info: `loss`, the empirical loss at the end.
 
+    >>> import jax.numpy as jnp
     >>> import mlsec_jax as mj
     >>> half = lambda p, d, key=None: (d.x[:, 0] - p) ** 2 / 2
     >>> train = unrolled(half, optax.sgd(0.5), 2)

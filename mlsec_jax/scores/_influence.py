@@ -15,9 +15,9 @@ def influence(loss_fn: LossFn, trainer: Any) -> Scorer:
     """How much more of a row would raise the loss on `known.holdout`: the harmful rows score high.
 
     `score_i = Σw · ∂/∂w_i L(θ*(data), holdout)`. Through `bilevel.implicit` this is
-    `-∇L(holdout)ᵀ H⁻¹ (∇ℓ_i - ∇mean ℓ)`: the paper's `I_up,loss(z_i, holdout)` for a mean loss that is renormalised when
-    a weight changes, at the price of one linear solve. Through an unrolled trainer it is the influence along the path
-    (Hara et al., NeurIPS 2019). Leaving row i out changes the held-out loss by about `-score_i w_i / Σw`.
+    `-∇L(holdout)ᵀ H⁻¹ (∇ℓ_i - ∇mean ℓ)`: the paper's `I_up,loss(z_i, holdout)` for a mean loss that is renormalised
+    when a weight changes, at the price of one linear solve. Through an unrolled trainer it is the influence along the
+    path (Hara et al., NeurIPS 2019). Leaving row i out changes the held-out loss by about `-score_i w_i / Σw`.
 
     Args:
       loss_fn: per-example loss `-> [n]` that is measured on the holdout.
@@ -39,6 +39,7 @@ def influence(loss_fn: LossFn, trainer: Any) -> Scorer:
             trained, _ = trainer(key, params, data._replace(weight=weight))
             return mean_loss(trained, holdout)
 
-        return jnp.sum(data.weight) * jax.grad(held_out)(data.weight)
+        slope = jnp.where(data.weight > 0, jax.grad(held_out)(data.weight), 0)
+        return jnp.sum(data.weight) * slope
 
     return score

@@ -18,8 +18,8 @@ def centroids(data: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
       data: inputs of any shape a row; labels {0, 1} or {-1, +1}.
 
     Returns:
-      `(rows [n, d], means [2, d], member [2, n])`: flattened inputs, the means of the negative and the positive class, and
-      each row's weight in either.
+      `(rows [n, d], means [2, d], member [2, n])`: flattened inputs, the means of the negative and the positive class,
+      and each row's weight in either.
     """
     x = losses.present(data).x
     rows = x.reshape(x.shape[0], -1)

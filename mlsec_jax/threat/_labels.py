@@ -32,7 +32,9 @@ def flip_labels(rows: Any, *, budget: Any) -> Threat:
 
     def labels(data: Data) -> jax.Array:
         if data.y.ndim != 2:
-            raise ValueError(f"data.y: flip_labels needs soft labels [n, c] (losses.soft_labels), got shape {data.y.shape}.")
+            raise ValueError(
+                f"data.y: flip_labels needs soft labels [n, c] (losses.soft_labels), got shape {data.y.shape}."
+            )
         return data.y[jnp.asarray(rows)]
 
     def init(key: Key, data: Data) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, linalg, tree
 from mlsec_jax.base import Data, Key, Threat
@@ -26,11 +27,13 @@ def reserve(data: Data, start: Data) -> Data:
 
 
 def _check_rows(rows: Any, data: Data) -> None:
-    if checks.is_concrete(rows) and jnp.size(rows) and (jnp.max(rows) >= data.num_rows or jnp.min(rows) < 0):
-        raise ValueError(
-            f"rows: expected rows of the data, 0 to {data.num_rows - 1}, got up to {int(jnp.max(rows))}: "
-            "reserve more rows (threat.reserve) or use fewer poisons."
-        )
+    if checks.is_concrete(rows):
+        bad = [row for row in np.ravel(rows) if not 0 <= row < data.num_rows]
+        if bad:
+            raise ValueError(
+                f"rows: expected rows of the data, 0 to {data.num_rows - 1}, got {bad}: "
+                "reserve more rows (threat.reserve) or use fewer poisons."
+            )
 
 
 def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
@@ -56,15 +59,16 @@ def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
     def where(data: Data) -> Any:
         if last and rows > data.num_rows:
             raise ValueError(f"rows: the budget of {rows} poisons is larger than the {data.num_rows} rows of the data.")
-        chosen = jnp.arange(data.num_rows - rows, data.num_rows) if last else jnp.asarray(rows)
+        chosen = np.arange(data.num_rows - rows, data.num_rows) if last else rows
         _check_rows(chosen, data)
-        if checks.is_concrete((chosen, data.weight)) and bool(jnp.any(data.weight[chosen] > 0)):
-            taken = int(jnp.sum(data.weight[chosen] > 0))
-            raise ValueError(
-                f"rows: expected {chosen.size} reserved rows (weight 0), got {taken} that clean data already use: "
-                "the poison budget is larger than the reserve (threat.reserve)."
-            )
-        return chosen
+        if checks.is_concrete((chosen, data.weight)):
+            taken = int(np.sum(np.asarray(data.weight)[np.asarray(chosen, int)] > 0))
+            if taken:
+                raise ValueError(
+                    f"rows: expected {np.size(chosen)} reserved rows (weight 0), got {taken} that clean data already "
+                    "use: the poison budget is larger than the reserve (threat.reserve)."
+                )
+        return jnp.asarray(chosen)
 
     def init(key: Key, data: Data) -> Any:
         del key

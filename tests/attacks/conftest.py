@@ -1,5 +1,7 @@
 """Problems that the attack tests share: scikit-learn's digits (real, embedded) and linear models of them."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,6 +27,6 @@ def pair(digits):
         rows = np.isin(y, (first, second))
         x, y = x[rows].astype(dtype), (y[rows] == second).astype(np.int32)
         cuts = (0, num_train, num_train + num_holdout, len(y))
-        return tuple(mj.dataset(jnp.asarray(x[a:b]), jnp.asarray(y[a:b])) for a, b in zip(cuts[:-1], cuts[1:]))
+        return tuple(mj.dataset(jnp.asarray(x[a:b]), jnp.asarray(y[a:b])) for a, b in itertools.pairwise(cuts))
 
     return make

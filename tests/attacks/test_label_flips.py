@@ -5,16 +5,17 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from linear_models import linear, single
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, losses
 from mlsec_jax.combine import needs_model
+from tests.attacks.linear_models import linear, single
 
 LOSS = losses.logistic(single)
 START = {"w": jnp.zeros(64), "b": jnp.zeros(())}
-RIDGE = losses.regularised(LOSS, l2=0.05)
+TRAINER = bilevel.unrolled(LOSS, optax.sgd(0.5), 20)
 
 
 def blobs(n=16):
@@ -27,13 +28,12 @@ def blobs(n=16):
 @pytest.fixture(scope="module")
 def problem(pair):
     train, holdout, test = pair(3, 8, 40, 80)
-    trainer = bilevel.implicit(RIDGE, solver=bilevel.lbfgs(num_steps=30, tolerance=1e-4))
-    params = trainer(jax.random.key(0), START, train)[0]
-    return train, holdout, test, trainer, params
+    params = jax.jit(TRAINER.fit)(jax.random.key(0), START, train)[0]
+    return train, holdout, test, params
 
 
 def all_flips(problem, num_flips=6):
-    train, holdout, _, trainer, params = problem
+    _, holdout, _, params = problem
     two = lambda p, x, key=None: jnp.stack([-single(p, x), single(p, x)], axis=-1) / 2
     outer = losses.availability(LOSS)
     known = mj.Known(params=START, goal=holdout)
@@ -43,17 +43,18 @@ def all_flips(problem, num_flips=6):
         "stratified": (attacks.flip_random(num_flips=num_flips, num_classes=2, stratify=True), mj.Known()),
         "near": (attacks.flip_margin(two, num_flips=num_flips), trained),
         "far": (attacks.flip_margin(two, num_flips=num_flips, farthest=True), trained),
-        "greedy": (attacks.flip_greedy(outer, trainer, num_flips=num_flips, num_classes=2, over="vmap"), known),
-        "alfa": (attacks.flip_alfa(LOSS, trainer, num_flips=num_flips), known),
+        "greedy": (attacks.flip_greedy(outer, TRAINER, num_flips=num_flips, num_classes=2, over="vmap"), known),
+        "alfa": (attacks.flip_alfa(LOSS, TRAINER, num_flips=num_flips), known),
     }
 
 
 @pytest.fixture(scope="module")
 def flipped(problem):
     train = problem[0]._replace(weight=problem[0].weight.at[:5].set(0))
-    return train, {
-        name: jax.jit(flip)(jax.random.key(0), train, known) for name, (flip, known) in all_flips(problem).items()
-    }
+    flips = all_flips(problem)
+    each = lambda known, name: flips[name][0](jax.random.key(0), train, known[name])
+    act = jax.jit(lambda known: {name: each(known, name) for name in flips})
+    return train, act({name: known for name, (_, known) in flips.items()})
 
 
 @pytest.mark.parametrize("name", ["random", "stratified", "near", "far", "greedy", "alfa"])
@@ -69,52 +70,47 @@ def test_flips_exactly_the_budget_of_present_rows(flipped, name):
 
 
 def test_chosen_flips_harm_more_than_random_ones(problem, flipped):
-    _, holdout, test, trainer, _ = problem
+    test = problem[2]
     _, results = flipped
 
     @jax.jit
     def harm(data):
-        params, _ = trainer(jax.random.key(0), START, data)
+        params, _ = TRAINER(jax.random.key(0), START, data)
         return losses.empirical(LOSS)(params, test)
 
     loss = {name: float(harm(data)) for name, (data, _) in results.items()}
-    drawn = [
-        float(harm(attacks.flip_random(num_flips=6, num_classes=2)(jax.random.key(k), flipped[0], mj.Known())[0]))
-        for k in range(8)
-    ]
+    draw = jax.jit(attacks.flip_random(num_flips=6, num_classes=2))
+    drawn = [float(harm(draw(jax.random.key(k), flipped[0], mj.Known())[0])) for k in range(8)]
     bar = np.mean(drawn) + 2 * np.std(drawn) / np.sqrt(8)
     assert loss["greedy"] > bar and loss["alfa"] > bar and loss["far"] > bar, (loss, drawn)
     assert loss["near"] < loss["far"]
 
 
-def test_greedy_is_the_best_single_flip_and_follows_its_goal(problem):
-    _, _, _, trainer, _ = problem
+def test_greedy_is_the_best_single_flip_and_follows_its_goal():
     data = blobs(8)._replace(weight=jnp.ones(8).at[0].set(0))
     start = {"w": jnp.zeros(2), "b": jnp.zeros(())}
     outer = losses.goal_loss(LOSS)
     results = []
+    flip = jax.jit(attacks.flip_greedy(outer, TRAINER, num_flips=1, num_classes=2))
+    value = jax.jit(lambda one, goal: outer(TRAINER(jax.random.key(0), start, one)[0], one, goal))
     for label in (0, 1):
         goal = mj.dataset(jnp.array([[0.3, -0.1]]), jnp.array([label]))
-        flip = attacks.flip_greedy(outer, trainer, num_flips=1, num_classes=2)
-        ours, info = jax.jit(flip)(jax.random.key(0), data, mj.Known(params=start, goal=goal))
-        tried = []
-        for row in range(1, 8):
-            one = data._replace(y=data.y.at[row].set(1 - data.y[row]))
-            tried.append(float(outer(trainer(jax.random.key(0), start, one)[0], one, goal)))
+        ours, info = flip(jax.random.key(0), data, mj.Known(params=start, goal=goal))
+        tried = [float(value(data._replace(y=data.y.at[row].set(1 - data.y[row])), goal)) for row in range(1, 8)]
         assert int(jnp.argmax(ours.y != data.y)) == 1 + int(np.argmin(tried))
         np.testing.assert_allclose(info["outer"][0], min(tried), rtol=1e-4)
         results.append(np.asarray(ours.y))
     assert (results[0] != results[1]).any()
 
 
-def test_alfa_settles_on_the_brute_force_optimum_of_its_linear_program(problem):
+def test_alfa_settles_on_the_brute_force_optimum_of_its_linear_program():
     """At the fixed point no other choice of rows has a lower sum of loss differences."""
-    _, _, _, trainer, _ = problem
     data, start = blobs(10), {"w": jnp.zeros(2), "b": jnp.zeros(())}
-    flip = attacks.flip_alfa(LOSS, trainer, num_flips=2, num_rounds=8)
+    flip = attacks.flip_alfa(LOSS, TRAINER, num_flips=2, num_rounds=8)
     ours, info = jax.jit(flip)(jax.random.key(0), data, mj.Known(params=start))
     assert int(info["changed"][-1]) == 0
-    clean, poisoned = (trainer(jax.random.key(0), start, d)[0] for d in (data, ours))
+    fit = jax.jit(TRAINER.fit)
+    clean, poisoned = (fit(jax.random.key(0), start, d)[0] for d in (data, ours))
     delta = lambda y: np.asarray(LOSS(poisoned, data._replace(y=y)) - LOSS(clean, data._replace(y=y)), np.float64)
     keep, change = delta(data.y), delta(1 - data.y)
     cost = lambda rows: sum(change[i] if i in rows else keep[i] for i in range(10))
@@ -128,8 +124,8 @@ def test_margins_rank_rows_and_name_the_runner_up(digits):
     params = {"w": jnp.asarray(rng.normal(size=(64, 10)).astype(np.float32)), "b": jnp.zeros(10)}
     flip = attacks.flip_margin(linear, num_flips=4)
     assert needs_model(flip)
-    data, info = flip(jax.random.key(0), mj.dataset(x, y), mj.Known(params=params))
-    logits = np.asarray(linear(params, x))
+    data, _ = flip(jax.random.key(0), mj.dataset(x, y), mj.Known(params=params))
+    logits = np.array(linear(params, x))
     own = logits[np.arange(30), y]
     logits[np.arange(30), y] = -np.inf
     changed = np.flatnonzero(np.asarray(data.y != y))
@@ -140,7 +136,7 @@ def test_margins_rank_rows_and_name_the_runner_up(digits):
 def test_stratified_flips_keep_the_prior():
     y = jnp.asarray(np.repeat([0, 1], [45, 15]).astype(np.int32))
     data = mj.dataset(jnp.zeros((60, 1)), y)
-    flip = attacks.flip_random(num_flips=12, num_classes=2, stratify=True)
+    flip = jax.jit(attacks.flip_random(num_flips=12, num_classes=2, stratify=True))
     for k in range(5):
         changed = np.asarray(flip(jax.random.key(k), data, mj.Known())[1]["flipped"])
         assert abs(changed[:45].sum() - 9) <= 1
@@ -157,7 +153,7 @@ def test_random_flips_are_uniform_over_other_classes():
 
 
 def test_zero_flips_and_bad_budgets(problem):
-    train, holdout, _, trainer, params = problem
+    train = problem[0]
     for name, (flip, known) in all_flips(problem, 0).items():
         if name in ("random", "near", "greedy"):
             np.testing.assert_array_equal(flip(jax.random.key(0), train, known)[0].y, train.y)

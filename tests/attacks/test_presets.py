@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from linear_models import linear
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, combine, losses, threat
+from tests.attacks.linear_models import linear
 
 LOSS = losses.cross_entropy(linear)
 START = {"w": jnp.zeros((64, 10)), "b": jnp.zeros(10)}

@@ -1,0 +1,26 @@
+"""Networks as pure functions, on one convolution that is as fast in a loop as outside of it."""
+
+from mlsec_jax.models import adapt
+from mlsec_jax.models._conv import conv
+from mlsec_jax.models._dense import linear, logistic_regression, mlp, softmax_regression
+from mlsec_jax.models._ensemble import ensemble
+from mlsec_jax.models._lenet import lenet
+from mlsec_jax.models._model import Model
+from mlsec_jax.models._pool import avg_pool, global_avg_pool, max_pool
+from mlsec_jax.models._resnet import resnet
+
+__all__ = [
+    "Model",
+    "adapt",
+    "avg_pool",
+    "conv",
+    "ensemble",
+    "global_avg_pool",
+    "lenet",
+    "linear",
+    "logistic_regression",
+    "max_pool",
+    "mlp",
+    "resnet",
+    "softmax_regression",
+]

@@ -1,0 +1,296 @@
+"""Every public method, once: its kind, and how to build it on the shared problem. The laws run over these rows."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlsec_jax import attacks, bilevel, losses, scores, threat
+from tests import problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method under law.
+
+    Attributes:
+      name: `room.method`.
+      kind: attack, trainer, threat, transform or scorer.
+      build: `(problem, budget) -> method`; budget is a float hyper-parameter (radius, rate…) that may be a tracer.
+      problem: how the shared problem is turned into the method's own.
+      zero: `problem -> method` that may change nothing; None where the idea has no meaning.
+      project: `problem -> threat` whose set the attack must stay in; None where there is none.
+      full_batch: whether weight 0 equals absence to rounding.
+      lowers: whether the attack's reported `outer` must fall.
+      targeted: whether another goal must give another result.
+      budget: the default of that hyper-parameter.
+      read: `(problem, params) -> tree`, what of a trained model is compared (a kernel machine's parameters are rows).
+    """
+
+    name: str
+    kind: str
+    build: Callable[[Any, Any], Any]
+    problem: Callable[[Any], Any] = lambda problem: problem
+    zero: Callable[[Any], Any] | None = None
+    project: Callable[[Any], Any] | None = None
+    full_batch: bool = True
+    lowers: bool = True
+    targeted: bool = True
+    budget: float = 0.3
+    read: Callable[[Any, Any], Any] = lambda problem, params: params
+    translation_invariant: bool = False
+
+
+MOMENTUM = optax.sgd(0.5, momentum=0.9)
+
+
+def _append(problem):
+    return threat.append_rows(problem.reserved)
+
+
+def _perturb(problem, radius=0.3, norm="linf"):
+    return threat.perturb_rows(problem.touched, radius=radius, norm=norm)
+
+
+def _unrolled(problem):
+    return bilevel.unrolled(problem.loss_fn, MOMENTUM, 5)
+
+
+def _attack(factory):
+    """The row of a preset of `bilevel`, on perturbed rows."""
+
+    def build(problem, radius, rows=None):
+        reach = _perturb(problem, radius)
+        return factory(problem.loss_fn, _unrolled(problem), threat=reach, optimizer=attacks.unit_rows(0.1))
+
+    return build
+
+
+def _nothing(factory):
+    return lambda problem: _attack(factory)(problem, 0.0)
+
+
+def _preset(name, factory, **options):
+    return Row(name, "attack", _attack(factory), zero=_nothing(factory), project=_perturb, **options)
+
+
+def _bilevel(problem, step_size):
+    outer = losses.goal_loss(problem.loss_fn)
+    return attacks.bilevel(outer, _unrolled(problem), threat=_append(problem), optimizer=attacks.unit_rows(step_size))
+
+
+def _regression_attack(problem, step_size):
+    optimizer = attacks.unit_rows(step_size)
+    return attacks.linear_regression(problem.apply_fn, threat=_append(problem), optimizer=optimizer, l2=0.1)
+
+
+def _influence_images(problem, radius):
+    head = bilevel.implicit(losses.regularised(problem.loss_fn, l2=0.1, penalise=None))
+    features = lambda params, x, key=None: x * params
+    return attacks.influence_images(features, problem.loss_fn, head, threat=_perturb(problem, radius), step_size=0.02)
+
+
+def _kkt_sanitized(problem, num_poisons):
+    hinge = losses.hinge(problem.apply_fn, temperature=0.1)
+    trainer = bilevel.unrolled(hinge, optax.sgd(0.3), 10)
+    grid = {"quantiles": (0.2,), "copies": (3.0,), "splits": (0.5,), "num_steps": 20, "num_sweeps": 5}
+    return attacks.kkt_sanitized(problem.apply_fn, trainer, num_poisons=num_poisons, l2=0.1, **grid)
+
+
+def _transferred(problem):
+    params = attacks.Transferred(jnp.ones((), problem.train.x.dtype), problem.params)
+    return problem._replace(known=problem.known.replace(params=params))
+
+
+def _metapoison(problem, radius):
+    init_fn = lambda key: jax.tree.map(
+        lambda leaf: 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype), problem.params
+    )
+    return attacks.metapoison(
+        losses.goal_loss(problem.loss_fn),
+        problem.loss_fn,
+        init_fn,
+        threat=_perturb(problem, radius),
+        optimizer=optax.sgd(0.5),
+        inner_optimizer=optax.sgd(0.5),
+        batch_size=7,
+        num_surrogates=2,
+        num_epochs=3,
+    )
+
+
+def _machine(problem):
+    """The binary problem with a kernel machine, whose parameters are the rows themselves."""
+    problem = problems.binary(problem)
+    apply_fn = bilevel.svm_apply(bilevel.linear())
+    num_rows, dtype = problem.train.num_rows, problem.train.x.dtype
+    params = bilevel.SVMParams(jnp.zeros(num_rows, dtype), jnp.zeros((), dtype), jnp.zeros_like(problem.train.x))
+    return problem._replace(params=params, apply_fn=apply_fn, loss_fn=losses.hinge(apply_fn, temperature=0.1))
+
+
+def _trainer(name, make, **options):
+    return Row(name, "trainer", lambda problem, rate: make(problem, rate), **options)
+
+
+def _objective(problem, l2):
+    return losses.regularised(problem.loss_fn, l2=l2, penalise=None)
+
+
+ROWS = [
+    Row("attacks.bilevel", "attack", _bilevel, project=_append, budget=0.2),
+    _preset("attacks.error_specific", attacks.error_specific),
+    _preset("attacks.targeted", attacks.targeted),
+    _preset("attacks.availability", attacks.availability),
+    Row(
+        "attacks.linear_regression", "attack", _regression_attack, problem=problems.regression, project=_append, budget=0.1
+    ),
+    Row(
+        "attacks.svm_kkt",
+        "attack",
+        lambda problem, step_size: attacks.svm_kkt(threat=_append(problem), C=1.0, step_size=step_size),
+        problem=problems.binary,
+        project=_append,
+        budget=0.1,
+    ),
+    Row(
+        "attacks.influence_images",
+        "attack",
+        _influence_images,
+        problem=_transferred,
+        zero=lambda problem: _influence_images(problem, 0.0),
+        project=_perturb,
+    ),
+    Row(
+        "attacks.metapoison",
+        "attack",
+        _metapoison,
+        zero=lambda problem: _metapoison(problem, 0.0),
+        project=_perturb,
+        full_batch=False,
+        lowers=False,  # each step sees other surrogates; tests/attacks compares victims instead
+    ),
+    _trainer("bilevel.unrolled", lambda p, rate: bilevel.unrolled(p.loss_fn, optax.sgd(rate), 5, remat="sqrt")),
+    _trainer("bilevel.truncated", lambda p, rate: bilevel.truncated(p.loss_fn, optax.sgd(rate), 5, last=2)),
+    _trainer("bilevel.forward", lambda p, rate: bilevel.forward(p.loss_fn, optax.sgd(rate), 5, rows=p.reserved)),
+    _trainer("bilevel.back_gradient", lambda p, rate: bilevel.back_gradient(p.loss_fn, rate, 5, reversal="fixed_point")),
+    _trainer(
+        "bilevel.back_gradient(exact)",
+        lambda p, rate: bilevel.back_gradient(p.loss_fn, rate, 5, momentum=0.5, reversal="exact"),
+    ),
+    _trainer(
+        "bilevel.kkt_svm",
+        lambda p, C: bilevel.kkt_svm(C=C),
+        problem=_machine,
+        read=lambda p, params: p.apply_fn(params, p.known.goal.x),
+    ),
+    _trainer(
+        "bilevel.glm",
+        lambda p, l2: bilevel.glm(losses.logistic, l2=l2),
+        problem=problems.binary,
+    ),
+    _trainer("bilevel.implicit", lambda p, l2: bilevel.implicit(_objective(p, l2))),
+    Row(
+        "threat.append_rows",
+        "threat",
+        lambda problem, hi: threat.append_rows(problem.reserved, hi=hi),
+        zero=lambda problem: threat.append_rows(0),
+        budget=0.9,
+    ),
+    Row(
+        "threat.perturb_rows", "threat", lambda problem, r: _perturb(problem, r), zero=lambda problem: _perturb(problem, 0.0)
+    ),
+    Row(
+        "threat.perturb_rows(l2)",
+        "threat",
+        lambda problem, r: _perturb(problem, r, "l2"),
+        zero=lambda problem: _perturb(problem, 0.0, "l2"),
+    ),
+    Row(
+        "threat.flip_labels",
+        "threat",
+        lambda problem, budget: threat.flip_labels(problem.touched, budget=budget),
+        problem=lambda p: p._replace(train=p.train._replace(y=losses.soft_labels(p.train.y, problems.CLASSES))),
+        zero=lambda problem: threat.flip_labels(problem.touched, budget=0.0),
+    ),
+    Row(
+        "threat.reweigh",
+        "threat",
+        lambda problem, r: threat.reweigh(problem.touched, radius=r),
+        zero=lambda problem: threat.reweigh(problem.touched, radius=0.0),
+    ),
+    Row(
+        "attacks.flip_random",
+        "transform",
+        lambda problem, _: attacks.flip_random(num_flips=3, num_classes=3),
+        zero=lambda problem: attacks.flip_random(num_flips=0, num_classes=3),
+        targeted=False,
+        full_batch=False,
+    ),
+    Row(
+        "attacks.flip_margin",
+        "transform",
+        lambda problem, _: attacks.flip_margin(problem.apply_fn, num_flips=3),
+        zero=lambda problem: attacks.flip_margin(problem.apply_fn, num_flips=0),
+        problem=lambda p: p._replace(known=p.known.replace(params={**p.params, "w": jnp.eye(4, 3)})),
+        targeted=False,
+    ),
+    Row(
+        "attacks.flip_greedy",
+        "transform",
+        lambda problem, _: attacks.flip_greedy(
+            losses.goal_loss(problem.loss_fn), _unrolled(problem), num_flips=2, num_classes=3
+        ),
+        zero=lambda problem: attacks.flip_greedy(
+            losses.goal_loss(problem.loss_fn), _unrolled(problem), num_flips=0, num_classes=3
+        ),
+    ),
+    Row(
+        "attacks.flip_alfa",
+        "transform",
+        lambda problem, _: attacks.flip_alfa(problem.loss_fn, _unrolled(problem), num_flips=2, num_classes=3, num_rounds=3),
+        zero=lambda problem: attacks.flip_alfa(problem.loss_fn, _unrolled(problem), num_flips=0, num_classes=3, num_rounds=3),
+        targeted=False,
+    ),
+    Row(
+        "attacks.kkt_sanitized",
+        "transform",
+        lambda problem, _: _kkt_sanitized(problem, problems.POISONS),
+        problem=problems.binary,
+        zero=lambda problem: _kkt_sanitized(problem, 0),
+        targeted=False,  # it reads the holdout, not a goal
+    ),
+    Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
+    Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),
+    Row(
+        "scores.influence",
+        "scorer",
+        lambda problem, _: scores.influence(problem.loss_fn, bilevel.implicit(_objective(problem, 0.1))),
+    ),
+]
+
+# Public names of the attack room that are no methods: orders, starts, goals, pieces.
+HELPERS = {
+    "scores.within_class",
+    "threat.reserve",
+    "attacks.Transferred",
+    "attacks.error_specific_goal",
+    "attacks.greedy",
+    "attacks.joint",
+    "attacks.most_influential",
+    "attacks.on_features",
+    "attacks.on_features_loss",
+    "attacks.random_other",
+    "attacks.require_alive",
+    "attacks.start_points",
+    "attacks.swap",
+    "attacks.targeted_goal",
+    "attacks.unit_rows",
+}
+
+
+def of(kind):
+    """The rows of a kind."""
+    return [row for row in ROWS if row.kind == kind]
