@@ -26,7 +26,7 @@ def network(name: str) -> models.Model:
     return models.lenet(channels=(8, 16), widths=(64,)) if name == "cnn" else models.mlp(widths=(100,))
 
 
-def trainer(spec: dict[str, Any], loss_fn: mj.LossFn, schedule: Schedule) -> mj.Trainer:
+def trainer(spec: dict[str, Any], loss_fn: Callable, schedule: Schedule) -> mj.Trainer:
     """The trainer of an estimator's name."""
     rate, momentum, num_steps = spec["learning_rate"], spec["momentum"], spec["num_steps"]
     batching = lambda key, num_rows, num_steps: schedule
@@ -55,20 +55,20 @@ def trainer(spec: dict[str, Any], loss_fn: mj.LossFn, schedule: Schedule) -> mj.
     )
 
 
-def build(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> Callable[[Any], jax.Array]:
+def build(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[Callable[..., jax.Array], tuple]:
     """`poison -> d goal / d poison`, and the poison."""
     dtype = jnp.float64 if spec["x64"] else jnp.float32
     float_of = lambda value: jnp.asarray(value, dtype if value.dtype.kind == "f" else None)
-    arrays = {name: float_of(value) for name, value in arrays.items()}
+    leaves = {name: float_of(value) for name, value in arrays.items()}
     params: dict[str, dict[str, jax.Array]] = {}
-    for name, value in arrays.items():
+    for name, value in leaves.items():
         if name.startswith("params/"):
             _, layer, leaf = name.split("/")
             params.setdefault(layer, {})[leaf] = value
     loss_fn = losses.cross_entropy(network(spec["net"]).apply)
     goal_fn = losses.goal_loss(loss_fn)
-    train = mj.dataset(arrays["x"], arrays["y"])
-    goal = mj.dataset(arrays["goal_x"], arrays["goal_y"])
+    train = mj.dataset(leaves["x"], leaves["y"])
+    goal = mj.dataset(leaves["goal_x"], leaves["goal_y"])
     poisons = spec["points"]
     reach = threat.perturb_rows(jnp.arange(train.num_rows - poisons, train.num_rows))
 
@@ -78,7 +78,7 @@ def build(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> Callable[[Any]
         outer = lambda x: goal_fn(fit(jax.random.key(0), params, reach.embed(x, train))[0], train, goal)
         return jax.grad(outer)(poison)
 
-    return gradient, (train.x[-poisons:], arrays["rows"], params, train, goal)
+    return gradient, (train.x[-poisons:], leaves["rows"], params, train, goal)
 
 
 def main() -> None:

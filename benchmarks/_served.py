@@ -95,7 +95,7 @@ class Served:
         if not line:
             code = self._process.wait()
             self.close()
-            raise RuntimeError(f"{self._process.args}: ended with code {code} and no answer.")
+            raise RuntimeError(f"{self._process.args!r}: ended with code {code} and no answer.")
         return json.loads(line)
 
     def time(self) -> dict[str, float]:

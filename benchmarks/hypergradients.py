@@ -101,7 +101,8 @@ def problem(key: jax.Array, setting: Setting, path: Path, rows: int = ROWS) -> d
     assert schedule is not None
     leaves = {f"params/{layer}/{name}": leaf for layer, part in params.items() for name, leaf in part.items()}
     arrays = {"x": train.x, "y": train.y, "goal_x": goal.x, "goal_y": goal.y, "rows": schedule.rows, **leaves}
-    np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})
+    plain: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(path, **plain)
     if setting.net != "head":
         return {}
     hidden = np.asarray(worker.network("mlp").features(params, train.x), np.float64)
