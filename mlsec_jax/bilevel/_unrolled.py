@@ -32,9 +32,19 @@ def plain_scan(body: Body, carry: Any, slots: Any) -> Any:
     return jax.lax.scan(lambda c, slot: (body(c, slot), None), carry, slots)[0]
 
 
+def _segment(num_steps: int) -> int:
+    """Steps a segment: of the divisors of T from √T to 2√T the one that keeps least; √T if there is none.
+
+    What is kept between segments is the optimiser's state as well as the parameters, hence counted twice.
+    """
+    root = math.isqrt(num_steps)
+    whole = [length for length in range(root, 2 * root + 1) if length * length >= num_steps and num_steps % length == 0]
+    return min(whole, key=lambda length: 2 * (num_steps // length) + length, default=root)
+
+
 def _sqrt_scan(body: Body, carry: Any, slots: Any, num_steps: int) -> Any:
-    """Segments of √T checkpointed steps, themselves checkpointed; what is left over is one more segment."""
-    inner = max(1, math.isqrt(num_steps))
+    """Segments of about √T checkpointed steps, themselves checkpointed; what is left over is one more segment."""
+    inner = _segment(num_steps)
     outer = num_steps // inner
     segment = jax.checkpoint(partial(plain_scan, jax.checkpoint(body)))
     carry = plain_scan(segment, carry, _fold(cut(slots, 0, outer * inner), outer))

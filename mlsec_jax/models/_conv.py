@@ -269,6 +269,8 @@ def _run_one(x, kernel, *, stride, padding, input_dilation, kernel_dilation):
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *crop, (0, 0, 0)])
         padding = [(max(low, 0), max(high, 0)) for low, high in padding]
         input_dilation = (1, 1)
+    if stride == input_dilation == kernel_dilation == (1, 1) and _area(kernel.shape[:2]) > _area(x.shape[1:3]):
+        return _run_swapped(x, kernel, padding)
     return lax.conv_general_dilated(
         x, kernel, stride, padding, input_dilation, kernel_dilation, dimension_numbers=_LABELS
     )
@@ -311,6 +313,35 @@ def _run_patches(x, kernel, *, stride, padding, input_dilation, kernel_dilation)
     patches = jnp.stack(cuts, axis=3 if by_taps else 2)  # [g, n, positions, taps]
     out = jnp.einsum("gnpt,gto->gnpo", patches, kernel.reshape(kernel.shape[0], -1, kernel.shape[4]))
     return out.reshape(*x.shape[:2], *space, kernel.shape[4])
+
+
+def _area(sides):
+    """The entries of a window, or of an image."""
+    return sides[0] * sides[1]
+
+
+def _run_swapped(x, kernel, padding):
+    """The same with the roles of image and kernel exchanged, for a kernel that is larger than the image.
+
+    The image's share of the derivative of a kernel's gradient is such a convolution: of a kernel's cotangent with a
+    whole batch. Taken as it stands, nearly all of its products are with padding.
+    """
+    pads = []
+    for axis in (0, 1):
+        image, taps = x.shape[1 + axis], kernel.shape[axis]
+        low = padding[axis][0] + image - taps
+        high = padding[axis][1] + image - taps
+        pads.append((low, high))
+    image = jnp.transpose(jnp.flip(kernel, (0, 1)), (3, 0, 1, 2))
+    out = _run_one(
+        image,
+        jnp.transpose(jnp.flip(x, (1, 2)), (1, 2, 3, 0)),
+        stride=(1, 1),
+        padding=pads,
+        input_dilation=(1, 1),
+        kernel_dilation=(1, 1),
+    )
+    return jnp.transpose(out, (3, 1, 2, 0))
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)

@@ -215,3 +215,14 @@ def test_a_step_in_a_loop_costs_a_single_call(name):
         if ratios[-1] <= TAU:
             return
     pytest.fail(f"{name}: a step in a loop costs {ratios} single calls, expected at most {TAU}.")
+
+
+def test_a_kernel_larger_than_the_image_is_exchanged_for_it():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 4, 2))
+    kernel = jax.random.normal(jax.random.key(1), (9, 7, 2, 6))
+    padding = ((8, 6), (5, 7))
+    expected = jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    found = jax.jit(lambda x, kernel: conv(x, kernel, padding=padding))
+    np.testing.assert_allclose(found(x, kernel), expected, rtol=1e-5, atol=1e-5)
+    shapes = [m for m in found.lower(x, kernel).as_text().splitlines() if "stablehlo.convolution" in m]
+    assert len(shapes) == 1 and "tensor<6x9x7x2xf32>" in shapes[0]
