@@ -155,8 +155,9 @@ def only_head(recipe: Recipe, learning_rate: float) -> base.Trainer:
 def target_goal(holdout: base.Data, clean_weight: float) -> base.Data:
     """The attacker's goal: its 8s labelled 3 weigh 1 together, its other digits with their labels `clean_weight`."""
     target = holdout.y == VICTIM
-    weight = jnp.where(target, 1 / jnp.sum(target), clean_weight / jnp.sum(~target))
-    return base.dataset(holdout.x, jnp.where(target, WANTED, holdout.y), weight.astype(jnp.float32))
+    share = lambda rows: rows.astype(jnp.float32) / jnp.sum(rows).astype(jnp.float32)
+    weight = share(target) + clean_weight * share(~target)
+    return base.dataset(holdout.x, jnp.where(target, WANTED, holdout.y), weight)
 
 
 def bounded_availability(loss_fn: base.LossFn, most: float = 6.0) -> base.OuterFn:
@@ -267,7 +268,8 @@ def scorer(recipe: Recipe) -> Callable[..., jax.Array]:
         predicted = jnp.argmax(network(recipe)(params, test.x), axis=1)
         eights = test.y == VICTIM
         others = test._replace(weight=jnp.where(eights, 0, test.weight))
-        as_wanted = jnp.sum((predicted == WANTED) & eights) / jnp.sum(eights)
+        eights_as_3 = base.dataset(test.x, jnp.full_like(test.y, WANTED), jnp.where(eights, test.weight, 0))
+        as_wanted = measure.accuracy(predicted, eights_as_3)
         return jnp.stack([
             measure.error_on(predicted, test, VICTIM),
             as_wanted,
@@ -292,7 +294,7 @@ def judge(key: base.Key, recipe: Recipe, sets: Mapping[str, base.Data], test: ba
     return scores
 
 
-def _digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], list[str]]:
+def _digits() -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], list[str]]:
     """MNIST's training and test rows; without a prepared copy, the 5,000 embedded digits."""
     try:
         return data.load("mnist", split="train"), data.load("mnist", split="test"), []
@@ -338,7 +340,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     }
     if size == "small":
         del calm_sets["head"], lively_sets["start"]
-    scored = {"calm": {}, "lively": {}}
+    scored: dict[str, dict[str, np.ndarray]] = {"calm": {}, "lively": {}}
     for name, sets, recipe in (("calm", calm_sets, CALM), ("lively", lively_sets, LIVELY)):
         for item, rows in context.progress(sets.items(), f"{name} victims"):
             once = lambda i=item, r=rows, c=recipe: judge(victim_key, c, {i: r}, test, chosen.victims)
