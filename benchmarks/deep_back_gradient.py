@@ -1,0 +1,411 @@
+"""A convolutional network poisoned by differentiating through its training (Muñoz-González et al., AISec 2017, §4.3).
+
+The victim is a network of 466,186 parameters, all trained from scratch on 1,000 MNIST digits: a strided 5x5
+convolution, rectified and average-pooled, then a dense layer of 576 squared rectifiers and a linear path beside it.
+The attacker adds 50 points, whose labels it chooses, and never sees the victims' keys (initialisation and batches).
+
+What drowned the gradient in earlier trials was training's own noise: hypergradients of two initialisations had a
+cosine of 0.00 to 0.04. Three choices, none of which costs the victim accuracy, quieten it: filters that start at the
+cosine basis (plus 10 % noise), output layers that start at zero, and a learning rate that decays to zero. The attack
+then runs in two stages, both of them the generic `attacks.bilevel`: first against the *head*, the linear path
+trained on the initial filters' features (convex, and without noise); then through whole trainings of the network, end
+to end, with a fresh key and learning rate every step.
+
+Two recipes train the same network: `CALM` (the filters learn slowly) for the targeted attack, and `LIVELY` (they learn
+25 times faster) for availability, where poisons drive the filters' rectifiers to death.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks._record import Paper, Result, benchmark
+from mlsec_jax import attacks, base, bilevel, data, loop, losses, measure, threat
+from mlsec_jax.models import conv
+
+VICTIM, WANTED = 8, 3
+CHANNELS, CLASSES, POISONS = 16, 10, 50
+FEATURES = 49 * CHANNELS
+NUM_STEPS, BATCH = 60, 350
+
+
+class Recipe(NamedTuple):
+    """How a victim is trained. A layer's scale s multiplies its parameters, so that they learn s² times as fast."""
+
+    filter_scale: float
+    out_scale: float
+    learning_rates: tuple[float, ...]
+
+
+CALM = Recipe(filter_scale=0.04, out_scale=0.5, learning_rates=(15.0, 30.0, 60.0))
+LIVELY = Recipe(filter_scale=0.2, out_scale=1.0, learning_rates=(17.0, 21.0, 26.0))
+
+
+class Size(NamedTuple):
+    """What differs between the sizes."""
+
+    head_steps: int
+    targeted_steps: int
+    availability_steps: int
+    victims: int
+    test_rows: int
+
+
+SIZES = {
+    "small": Size(head_steps=40, targeted_steps=0, availability_steps=2, victims=1, test_rows=1000),
+    "full": Size(head_steps=100, targeted_steps=12, availability_steps=16, victims=5, test_rows=4000),
+    "paper": Size(head_steps=150, targeted_steps=100, availability_steps=100, victims=10, test_rows=10000),
+}
+
+
+# The victim.
+
+
+def filters() -> jax.Array:
+    """The eight lowest filters of the two-dimensional cosine basis, and their negatives: `[5, 5, 1, 16]`."""
+    position = (np.arange(5) + 0.5) * np.pi / 5
+    basis = [np.cos(k * position) * math.sqrt((1 if k == 0 else 2) / 5) for k in range(5)]
+    lowest = sorted((u + v, u, v) for u in range(5) for v in range(5))[: CHANNELS // 2]
+    half = np.stack([np.outer(basis[u], basis[v]) for _, u, v in lowest], axis=-1)[:, :, None, :]
+    return jnp.asarray(np.concatenate([half, -half], axis=-1), jnp.float32)
+
+
+def init(key: base.Key, recipe: Recipe, width: int = 576) -> base.Params:
+    """Initial parameters: the cosine filters with 10 % noise, a random dense layer, zeros at the outputs."""
+    filter_key, dense_key = jax.random.split(key)
+    noisy = filters() + 0.02 * jax.random.normal(filter_key, (5, 5, 1, CHANNELS))
+    return {
+        "filters": noisy / recipe.filter_scale,
+        "filters_b": jnp.zeros(CHANNELS),
+        "dense": jax.random.normal(dense_key, (FEATURES, width)),
+        "dense_b": jnp.zeros(width),
+        "out": jnp.zeros((width, CLASSES)),
+        "linear": jnp.zeros((FEATURES, CLASSES)),
+        "linear_b": jnp.zeros(CLASSES),
+    }
+
+
+def features(recipe: Recipe, params: base.Params, x: jax.Array) -> jax.Array:
+    """`[n, 28, 28, 1]` to `[n, 784]`: convolution, rectifier, 2x2 average pooling, scaled to unit mean square."""
+    h = conv(x, recipe.filter_scale * params["filters"], stride=2)
+    h = jax.nn.relu(h + recipe.filter_scale * params["filters_b"][None, None, None])
+    return 2.9 * h.reshape(-1, 7, 2, 7, 2, CHANNELS).mean((2, 4)).reshape(x.shape[0], FEATURES)
+
+
+def head_fn(params: base.Params, h: jax.Array, key: Any = None) -> jax.Array:
+    """The linear path's logits, of features `[n, 784]`."""
+    return h @ params["linear"] / math.sqrt(FEATURES) + 0.3 * params["linear_b"][None]
+
+
+def network(recipe: Recipe) -> base.ApplyFn:
+    """`(params, x [n, 28, 28, 1]) -> logits [n, 10]`: the linear path plus 576 squared rectifiers."""
+
+    def apply_fn(params: base.Params, x: jax.Array, key: Any = None) -> jax.Array:
+        h = features(recipe, params, x)
+        z = jnp.square(jax.nn.relu(h @ params["dense"] / math.sqrt(FEATURES) + 0.3 * params["dense_b"][None]))
+        return head_fn(params, h) + recipe.out_scale * z @ params["out"] / math.sqrt(params["out"].shape[0])
+
+    return apply_fn
+
+
+def sgd(learning_rate: Any) -> optax.GradientTransformation:
+    """Momentum 0.9, and a learning rate that decays to zero along a cosine."""
+    return optax.sgd(optax.cosine_decay_schedule(learning_rate, NUM_STEPS), momentum=0.9)
+
+
+def from_scratch(recipe: Recipe, learning_rate: Callable[[base.Key], Any], width: int = 576) -> base.Trainer:
+    """Trains every parameter of a network whose initialisation, batches and learning rate the key gives."""
+
+    def fit(key: base.Key, params: base.Params, train: base.Data) -> tuple[base.Params, base.Info]:
+        init_key, batch_key, rate_key = jax.random.split(key, 3)
+        trainer = bilevel.unrolled(
+            losses.cross_entropy(network(recipe)),
+            sgd(learning_rate(rate_key)),
+            NUM_STEPS,
+            batching=loop.shuffled(BATCH),
+        )
+        return trainer(batch_key, init(init_key, recipe, width), train)
+
+    return base.Trainer(fit)
+
+
+def only_head(recipe: Recipe, learning_rate: float) -> base.Trainer:
+    """Trains the linear path alone, on the features of the filters as they are: convex, full batch, no randomness."""
+    head = bilevel.unrolled(
+        losses.cross_entropy(head_fn), sgd(learning_rate), NUM_STEPS, trainable=lambda path, leaf: "linear" in path
+    )
+
+    def fit(key: base.Key, params: base.Params, train: base.Data) -> tuple[base.Params, base.Info]:
+        return head(key, params, train._replace(x=features(recipe, params, train.x)))
+
+    return base.Trainer(fit)
+
+
+# The attack.
+
+
+def target_goal(holdout: base.Data, clean_weight: float) -> base.Data:
+    """The attacker's goal: its 8s labelled 3 weigh 1 together, its other digits with their labels `clean_weight`."""
+    target = holdout.y == VICTIM
+    share = lambda rows: rows.astype(jnp.float32) / jnp.sum(rows).astype(jnp.float32)
+    weight = share(target) + clean_weight * share(~target)
+    return base.dataset(holdout.x, jnp.where(target, WANTED, holdout.y), weight)
+
+
+def bounded_availability(loss_fn: base.LossFn, most: float = 6.0) -> base.OuterFn:
+    """The negative mean loss, each row's loss counting up to `most`: rows that are lost already pull no more."""
+    return lambda params, train, goal: -losses.weighted_mean(jnp.minimum(loss_fn(params, goal), most), goal.weight)
+
+
+def craft(
+    key: base.Key,
+    outer: base.OuterFn,
+    trainer: base.Trainer,
+    subject: base.Data,
+    known: base.Known,
+    *,
+    step_size: float,
+    num_steps: int,
+) -> base.Data:
+    """Moves the reserved rows by Adam on the back-gradient; each step trains with a fresh key. They stay reserved."""
+    algorithm = attacks.bilevel(
+        outer,
+        trainer,
+        threat=threat.append_rows(POISONS),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(0.1),  # where training is about to break, a few gradients are huge
+            optax.adam(optax.cosine_decay_schedule(step_size, max(num_steps, 1), 0.1), b2=0.99),
+        ),
+        fixed_key=False,
+    )
+    step = jax.jit(algorithm.step)
+    state = algorithm.init(key, subject, known)
+    for k in range(num_steps):
+        state, _ = step(jax.random.fold_in(key, k), state, subject, known)
+    return subject._replace(x=algorithm.read(state, subject).x)
+
+
+def better(
+    key: base.Key, outer: base.OuterFn, trainer: base.Trainer, candidates: Sequence[base.Data], known: base.Known
+) -> base.Data:
+    """The candidate of the lowest outer loss, mean of two trainings of the attacker's own and judged on its holdout."""
+    value = jax.jit(lambda k, train: outer(trainer(k, known.params, train)[0], train, known.goal))
+    if len(candidates) == 1:
+        return candidates[0]
+    means = [sum(float(value(jax.random.fold_in(key, k), present(each))) for k in range(2)) for each in candidates]
+    return candidates[int(np.nanargmin(means))]
+
+
+def present(subject: base.Data) -> base.Data:
+    """The same rows, all of them trained on."""
+    return subject._replace(weight=jnp.ones_like(subject.weight))
+
+
+def log_uniform(low: float, high: float) -> Callable[[base.Key], jax.Array]:
+    """`key -> learning rate`, for an attacker who does not know the victim's."""
+    return lambda key: jnp.exp(jax.random.uniform(key, minval=math.log(low), maxval=math.log(high)))
+
+
+def targeted(key: base.Key, train: base.Data, pool: base.Data, holdout: base.Data, size: Size) -> Mapping[str, Any]:
+    """8 to 3: forty 8s labelled 3 and ten 3s labelled 8, moved against the head, then through whole trainings."""
+    rows = jnp.concatenate([jnp.flatnonzero(pool.y == VICTIM)[:40], jnp.flatnonzero(pool.y == WANTED)[:10]])
+    start = pool._replace(y=jnp.where(pool.y == VICTIM, WANTED, VICTIM).astype(pool.y.dtype))
+    start = jax.tree.map(lambda leaf: leaf[rows], start)
+    subject = threat.reserve(train, start)
+    params = init(jax.random.fold_in(key, 0), CALM, 1)
+    known = base.Known(params=params, goal=target_goal(holdout, 0.7))
+    outer = losses.goal_loss(losses.cross_entropy(network(CALM)))
+    head_outer = losses.goal_loss(losses.cross_entropy(lambda p, x, k=None: head_fn(p, features(CALM, p, x))))
+    low, high = CALM.learning_rates[0], CALM.learning_rates[-1]
+    keys = [jax.random.fold_in(key, k) for k in range(1, 4)]
+    head = only_head(CALM, math.sqrt(low * high))
+    moved = craft(keys[0], head_outer, head, subject, known, step_size=0.05, num_steps=size.head_steps)
+    candidates = [moved]
+    if size.targeted_steps:
+        deep = from_scratch(CALM, log_uniform(low, high), width=64)
+        candidates.append(craft(keys[1], outer, deep, moved, known, step_size=0.01, num_steps=size.targeted_steps))
+    chosen = better(keys[2], outer, from_scratch(CALM, log_uniform(low, high)), candidates, known)
+    return _rows("start", subject) | _rows("head", moved) | _rows("chosen", chosen)
+
+
+def untargeted(key: base.Key, train: base.Data, holdout: base.Data, size: Size) -> Mapping[str, Any]:
+    """Availability: white images under one label, moved through whole trainings at the lower learning rates."""
+    start = base.dataset(jnp.ones((POISONS, 28, 28, 1)), jnp.zeros(POISONS, jnp.int32))
+    subject = threat.reserve(train, start)
+    known = base.Known(params=jnp.zeros(()), goal=holdout)
+    outer = bounded_availability(losses.cross_entropy(network(LIVELY)))
+    low = LIVELY.learning_rates[0]
+    keys = [jax.random.fold_in(key, k) for k in range(2)]
+    deep = from_scratch(LIVELY, log_uniform(0.7 * low, low), width=64)
+    refined = craft(keys[0], outer, deep, subject, known, step_size=0.02, num_steps=size.availability_steps)
+    judge = from_scratch(LIVELY, log_uniform(0.7 * low, low))
+    chosen = better(keys[1], outer, judge, [subject, refined], known)
+    return _rows("start", subject) | _rows("chosen", chosen)
+
+
+def _rows(name: str, subject: base.Data) -> dict[str, np.ndarray]:
+    return {f"{name}_x": np.asarray(subject.x[-POISONS:]), f"{name}_y": np.asarray(subject.y[-POISONS:])}
+
+
+# The judges.
+
+
+@functools.cache
+def scorer(recipe: Recipe) -> Callable[..., jax.Array]:
+    """`(key, learning_rate, train, test) -> (error on 8s, 8s as 3, accuracy on the others, accuracy)` of one victim."""
+
+    @jax.jit
+    def score(k: base.Key, learning_rate: jax.Array, train: base.Data, test: base.Data) -> jax.Array:
+        params, _ = from_scratch(recipe, lambda _: learning_rate)(k, None, train)
+        predicted = jnp.argmax(network(recipe)(params, test.x), axis=1)
+        eights = test.y == VICTIM
+        others = test._replace(weight=jnp.where(eights, 0, test.weight))
+        eights_as_3 = base.dataset(test.x, jnp.full_like(test.y, WANTED), jnp.where(eights, test.weight, 0))
+        as_wanted = measure.accuracy(predicted, eights_as_3)
+        return jnp.stack([
+            measure.error_on(predicted, test, VICTIM),
+            as_wanted,
+            measure.accuracy(predicted, others),
+            measure.accuracy(predicted, test),
+        ])
+
+    return score
+
+
+def judge(key: base.Key, recipe: Recipe, sets: Mapping[str, base.Data], test: base.Data, num: int) -> dict[str, Any]:
+    """Trains `num` victims for each set and learning rate; per set `[rates, victims, 4]`, see `scorer`."""
+
+    devices, scores, score = jax.devices(), {}, scorer(recipe)
+    for name, train in sets.items():
+        runs = [(rate, k) for rate in recipe.learning_rates for k in range(num)]
+        futures = []
+        for i, (rate, k) in enumerate(runs):
+            args = (jax.random.fold_in(key, k), jnp.float32(rate), train, test)
+            futures.append(score(*jax.device_put(args, devices[i % len(devices)])))
+        scores[name] = np.stack([np.asarray(f) for f in futures]).reshape(len(recipe.learning_rates), num, 4)
+    return scores
+
+
+def _digits() -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], list[str]]:
+    """MNIST's training and test rows; without a prepared copy, the 5,000 embedded digits."""
+    try:
+        return data.load("mnist", split="train"), data.load("mnist", split="test"), []
+    except FileNotFoundError:
+        x, y = data.mnist5k()
+        order = np.random.default_rng(0).permutation(len(x))
+        x, y = x[order], y[order]
+        return (x[:3500], y[:3500]), (x[3500:], y[3500:]), ["1,500 embedded digits as the test set, not MNIST's 10,000"]
+
+
+@benchmark
+def run(size: str, seed: int, context: Any) -> Result:
+    """A convolutional network poisoned by differentiating through its training."""
+    chosen = SIZES[size]
+    (x, y), (x_test, y_test), reductions = _digits()
+    split_key, attack_key, flip_key, victim_key = jax.random.split(context.key, 4)
+    order = np.asarray(jax.random.permutation(split_key, len(x)))[:3500]
+    train, holdout, pool = (
+        data.to_data(x[rows], y[rows], channel=True) for rows in np.split(order, (1000, 2200))
+    )
+    test = data.to_data(x_test[: chosen.test_rows], y_test[: chosen.test_rows], channel=True)
+
+    aimed = context.once("targeted", lambda: targeted(attack_key, train, pool, holdout, chosen))
+    blunt = context.once("availability", lambda: untargeted(jax.random.fold_in(attack_key, 9), train, holdout, chosen))
+    shift = jax.random.randint(flip_key, (POISONS,), 1, CLASSES)
+
+    def joined(px: Any, py: Any) -> base.Data:
+        return present(threat.reserve(train, base.dataset(jnp.asarray(px), jnp.asarray(py, jnp.int32))))
+
+    clean = threat.reserve(train, base.dataset(pool.x[:POISONS], pool.y[:POISONS]))
+    flips = joined(pool.x[:POISONS], (pool.y[:POISONS] + shift) % CLASSES)
+    calm_sets = {
+        "clean": clean,
+        "swap": joined(aimed["start_x"], aimed["start_y"]),
+        "head": joined(aimed["head_x"], aimed["head_y"]),
+        "poisoned": joined(aimed["chosen_x"], aimed["chosen_y"]),
+    }
+    lively_sets = {
+        "clean": clean,
+        "flip": flips,
+        "start": joined(blunt["start_x"], blunt["start_y"]),
+        "poisoned": joined(blunt["chosen_x"], blunt["chosen_y"]),
+    }
+    if size == "small":
+        del calm_sets["head"], lively_sets["start"]
+    scored: dict[str, dict[str, np.ndarray]] = {"calm": {}, "lively": {}}
+    for name, sets, recipe in (("calm", calm_sets, CALM), ("lively", lively_sets, LIVELY)):
+        for item, rows in context.progress(sets.items(), f"{name} victims"):
+            once = lambda i=item, r=rows, c=recipe: judge(victim_key, c, {i: r}, test, chosen.victims)
+            scored[name][item] = context.once(f"{name}-{item}", once)[item]
+    _plot(context, scored, aimed, blunt)
+    figures = _figures(scored, train.num_rows, chosen.victims)
+    reductions += [
+        f"1,000 training rows and {POISONS} poisons; the paper: 1,000 training points and 10 poisons",
+        f"one split, {chosen.victims} victim keys at each of three learning rates; the paper: 10 splits",
+        "the network is this benchmark's own, made for quiet training; the paper's has two convolutional layers",
+        "the back-gradient's surrogates have a dense layer of 64 units in place of 576",
+    ]
+    source = "Muñoz-González et al., AISec 2017, §4.3: the convolutional network; 4.3 % for logistic regression"
+    return Result(figures, reductions, {"error_increase": Paper(0.0, source)})
+
+
+def _figures(scored: Mapping[str, Mapping[str, np.ndarray]], rows: int, victims: int) -> dict[str, float]:
+    """The record's figures: means over victims and learning rates, then the means at each learning rate."""
+    calm, lively = scored["calm"], scored["lively"]
+    table = {
+        "target_error_clean": calm["clean"][..., 0],
+        "target_error_label_swap_only": calm["swap"][..., 0],
+        "target_error_poisoned": calm["poisoned"][..., 0],
+        "target_as_3_label_swap_only": calm["swap"][..., 1],
+        "target_as_3_poisoned": calm["poisoned"][..., 1],
+        "accuracy_clean_targeted": calm["clean"][..., 2],
+        "accuracy_label_swap_only_targeted": calm["swap"][..., 2],
+        "accuracy_poisoned_targeted": calm["poisoned"][..., 2],
+        "accuracy_clean_calm": calm["clean"][..., 3],
+        "accuracy_clean": lively["clean"][..., 3],
+        "accuracy_random_flip": lively["flip"][..., 3],
+        "accuracy_poisoned": lively["poisoned"][..., 3],
+    }
+    if "head" in calm:
+        table["target_error_head_only"] = calm["head"][..., 0]
+    if "start" in lively:
+        table["accuracy_white_images"] = lively["start"][..., 3]
+    figures = {key: float(value.mean()) for key, value in table.items()}
+    figures["error_increase"] = figures["accuracy_clean"] - figures["accuracy_poisoned"]
+    for key, value in table.items():
+        lively_key = key.startswith("accuracy") and not key.endswith(("targeted", "calm"))
+        rates = (LIVELY if lively_key else CALM).learning_rates
+        figures |= {f"{key}_lr_{rate:.0f}": float(mean) for rate, mean in zip(rates, value.mean(axis=1))}
+    count = sum(leaf.size for leaf in jax.tree.leaves(init(jax.random.key(0), CALM)))
+    return figures | {"poison_fraction": POISONS / (rows + POISONS), "params": count, "n_victims": victims}
+
+
+def _plot(context: Any, scored: Any, aimed: Mapping[str, Any], blunt: Mapping[str, Any]) -> None:
+    """Poisons before and after, and errors at each learning rate with the spread over victims."""
+    import matplotlib.pyplot as plt
+
+    shown = [0, 10, 20, 30, 40, 45]
+    figure, axes = plt.subplots(4, len(shown), figsize=(len(shown) * 1.2, 5.2))
+    for row, (name, item) in enumerate((("start", aimed), ("chosen", aimed), ("start", blunt), ("chosen", blunt))):
+        for axis, k in zip(axes[row], shown):
+            axis.imshow(item[f"{name}_x"][k, :, :, 0], cmap="gray", vmin=0, vmax=1)
+            axis.set_title(f"label {item[f'{name}_y'][k]}", fontsize=8)
+            axis.set_axis_off()
+    context.save_figure(figure, "poisons")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5))
+    panels = ((CALM, "calm", 0, "error on 8s"), (LIVELY, "lively", 3, "accuracy"))
+    for axis, (recipe, name, column, label) in zip(axes, panels):
+        for item, values in scored[name].items():
+            mean, spread = values[..., column].mean(axis=1), values[..., column].std(axis=1)
+            axis.errorbar(recipe.learning_rates, mean, spread, marker="o", label=item, capsize=3)
+        axis.set(xscale="log", xlabel="victim's learning rate", ylabel=label, ylim=(0, 1))
+        axis.legend()
+    context.save_figure(figure, "learning_rates")
