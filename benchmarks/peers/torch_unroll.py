@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def train_plain(params: list[torch.Tensor], rate: float, momentum: float, gradie
     return params
 
 
-def train_torchopt(params: list[torch.Tensor], rate: float, momentum: float, gradient: Callable, num_steps: int):
+def train_torchopt(params: Any, rate: float, momentum: float, gradient: Callable, num_steps: int):
     import torchopt
 
     optimizer = torchopt.sgd(rate, momentum=momentum, moment_requires_grad=True)

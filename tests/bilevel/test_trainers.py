@@ -73,7 +73,7 @@ def test_sparse_regression_agrees_on_its_active_set(l1, l2, x64):
     data = problem.train._replace(y=problem.train.x[:, 0] - 0.5 * problem.train.x[:, 1])
     params = {"w": jnp.zeros(problems.DIM), "b": jnp.zeros(())}
     trainer = bilevel.implicit(losses.regularised(loss_fn, l1=l1, l2=l2))
-    trained, info = trainer(jax.random.key(0), params, data)
+    trained, info = jax.jit(trainer)(jax.random.key(0), params, data)
     assert 0 < int(jnp.sum(trained["w"] == 0)) < problems.DIM
     assert float(info["stationarity"]) < 1e-12
     value = lambda x: losses.empirical(loss_fn)(
@@ -126,7 +126,7 @@ def test_approximate_reversal_keeps_the_direction_but_not_the_path(x64):
     problem = problems.make(jnp.float64)
     trainer = bilevel.back_gradient(problem.loss_fn, 0.1, STEPS, reversal="approximate")
     data = threat.append_rows(2).embed(problem.train.x[-2:], problem.train)
-    report = bilevel.diagnose(
+    ask = lambda data: bilevel.diagnose(
         trainer,
         jax.random.key(0),
         problem.params,
@@ -135,6 +135,7 @@ def test_approximate_reversal_keeps_the_direction_but_not_the_path(x64):
         goal=problem.known.goal,
         rows=jnp.array([12, 13]),
     )
+    report = jax.jit(ask)(data)
     assert float(report["cosine"]) > 0.999
     assert float(report["drift"]) > 1e-4
 
@@ -151,31 +152,22 @@ def test_forward_marks_what_it_did_not_differentiate(x64):
 
 def test_diagnose_sees_an_active_set_change(x64):
     loss_fn = losses.squared(lambda params, x, key=None: x @ params["w"])
-    x = jnp.asarray([[1.0], [1.0]])
-    y = jnp.asarray([0.5, 0.5])
-    l1 = 0.5 - 1e-7  # just active: w = 1e-7, so a difference of 1e-5 crosses
-    trainer = bilevel.implicit(losses.regularised(loss_fn, l1=l1))
-    report = bilevel.diagnose(
-        trainer,
-        jax.random.key(0),
-        {"w": jnp.ones(1)},
-        mj.dataset(x, y),
-        outer=lambda params, data, goal: jnp.sum(params["w"]),
-        goal=None,
-        rows=jnp.array([0]),
-    )
-    assert bool(report["crossed"])
-    calm = bilevel.implicit(losses.regularised(loss_fn, l1=0.1))
-    report = bilevel.diagnose(
-        calm,
-        jax.random.key(0),
-        {"w": jnp.ones(1)},
-        mj.dataset(x, y),
-        outer=lambda params, data, goal: jnp.sum(params["w"]),
-        goal=None,
-        rows=jnp.array([0]),
-    )
-    assert not bool(report["crossed"]) and float(report["rel_error"]) < 1e-6
+    data = mj.dataset(jnp.ones((2, 1)), jnp.full(2, 0.5))
+
+    @jax.jit
+    def report(l1):
+        trainer = bilevel.implicit(
+            losses.regularised(loss_fn, l1=l1), solver=bilevel.proximal_gradient(num_steps=200)
+        )
+        outer = lambda params, data, goal: jnp.sum(params["w"])
+        start = {"w": jnp.ones(1)}
+        return bilevel.diagnose(
+            trainer, jax.random.key(0), start, data, outer=outer, goal=None, rows=jnp.array([0]), num_directions=2
+        )
+
+    assert bool(report(0.5 - 1e-7)["crossed"])  # just active: w = 1e-7, so a difference of 1e-5 crosses
+    calm = report(0.1)
+    assert not bool(calm["crossed"]) and float(calm["rel_error"]) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["unrolled_sqrt", "exact", "implicit_cholesky", "fixed_point", "forward"])
