@@ -46,7 +46,7 @@ class Recipe(NamedTuple):
 
 
 CALM = Recipe(filter_scale=0.04, out_scale=0.5, learning_rates=(15.0, 30.0, 60.0))
-LIVELY = Recipe(filter_scale=0.2, out_scale=1.0, learning_rates=(17.0, 21.0, 26.0))
+LIVELY = Recipe(filter_scale=0.2, out_scale=1.0, learning_rates=(15.0, 18.0, 21.0))
 
 
 class Size(NamedTuple):
@@ -61,7 +61,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(head_steps=40, targeted_steps=0, availability_steps=2, victims=1, test_rows=1000),
-    "full": Size(head_steps=100, targeted_steps=12, availability_steps=16, victims=5, test_rows=4000),
+    "full": Size(head_steps=100, targeted_steps=70, availability_steps=16, victims=5, test_rows=4000),
     "paper": Size(head_steps=150, targeted_steps=100, availability_steps=100, victims=10, test_rows=10000),
 }
 
@@ -196,11 +196,11 @@ def craft(
 def better(
     key: base.Key, outer: base.OuterFn, trainer: base.Trainer, candidates: Sequence[base.Data], known: base.Known
 ) -> base.Data:
-    """The candidate of the lowest outer loss, mean of two trainings of the attacker's own and judged on its holdout."""
+    """The candidate of the lowest outer loss, mean of four trainings of the attacker's own, judged on its holdout."""
     value = jax.jit(lambda k, train: outer(trainer(k, known.params, train)[0], train, known.goal))
     if len(candidates) == 1:
         return candidates[0]
-    means = [sum(float(value(jax.random.fold_in(key, k), present(each))) for k in range(2)) for each in candidates]
+    means = [sum(float(value(jax.random.fold_in(key, k), present(each))) for k in range(4)) for each in candidates]
     return candidates[int(np.nanargmin(means))]
 
 
@@ -231,7 +231,7 @@ def targeted(key: base.Key, train: base.Data, pool: base.Data, holdout: base.Dat
     candidates = [moved]
     if size.targeted_steps:
         deep = from_scratch(CALM, log_uniform(low, high), width=64)
-        candidates.append(craft(keys[1], outer, deep, moved, known, step_size=0.01, num_steps=size.targeted_steps))
+        candidates.append(craft(keys[1], outer, deep, moved, known, step_size=0.03, num_steps=size.targeted_steps))
     chosen = better(keys[2], outer, from_scratch(CALM, log_uniform(low, high)), candidates, known)
     return _rows("start", subject) | _rows("head", moved) | _rows("chosen", chosen)
 
