@@ -51,6 +51,6 @@ def test_bad_input_gets_one_clear_sentence():
     data, _, reach = setting(1)
     attack = attacks.svm_kkt(threat=reach)
     with pytest.raises(ValueError, match=r"svm_kkt needs known\.goal"):
-        attack.step(jax.random.key(0), attack.init(jax.random.key(0), data, Known()), data, Known())
+        attack.init(jax.random.key(0), data, Known())
     with pytest.raises(ValueError, match="step_size: expected more than 0"):
         attacks.svm_kkt(threat=reach, step_size=0.0)
