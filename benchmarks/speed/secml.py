@@ -39,6 +39,7 @@ SETTINGS = {  # the values of secml's own poisoning tutorial, then two with long
 def problem(seed: int) -> dict[str, Any]:
     """One split of the 1,000 embedded 3s (label 0) and 8s (label 1), and ten flipped training points, as float64."""
     import numpy as np
+import optax
 
     from mlsec_jax import data
 
@@ -91,7 +92,13 @@ def ours() -> tuple[Callable, Callable]:
         trainer = bilevel.glm(losses.logistic, l2=l2, known_gram=gram, rows=rows, tolerance=1e-6)
         reach = threat.append_rows(POINTS, lo=0.0, hi=1.0)
         return attacks.bilevel(
-            losses.availability(loss_fn), trainer, threat=reach, optimizer=attacks.unit_rows(STEP_SIZE)
+            losses.availability(loss_fn),
+            trainer,
+            threat=reach,
+            optimizer=optax.chain(
+                attacks.unit_rows(STEP_SIZE),
+                optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, NUM_STEPS)),
+            ),
         )
 
     def begin(data: mj.Data, goal: mj.Data) -> Any:

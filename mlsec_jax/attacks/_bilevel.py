@@ -32,8 +32,8 @@ def greedy(steps_per_point: int, *, passes: int = 1) -> Order:
 
     def order(step: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         point = step // steps_per_point
-        moving = jnp.arange(k) == point % max(k, 1)
-        return (jnp.arange(k) <= point), moving & (point < passes * k)
+        points = jnp.arange(k, dtype=step.dtype)
+        return points <= point, (points == point % max(k, 1)) & (point < passes * k)
 
     return order
 
