@@ -10,7 +10,8 @@ warm (median of the repeats) and cold (first call in the process, compilation in
 Wall-clock and processor seconds are both kept: on a shared machine the second are the steadier.
 
 How to read it: our first step size was chosen among 0.5, 1 and 2 by test error on seed 0, so only other seeds are fair
-to secml; it decays along a cosine, for a constant step oscillates. "Reached" is the first crossing of a curve that goes up and down; read the errors at the end beside it.
+to secml; it decays along a cosine, for a constant step oscillates. "Reached" is the first crossing of a curve that
+goes up and down; read the errors at the end beside it.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def compare(seed: int, env: Path, settings: list[str], repeats: int, threads: in
 def many_splits(repeats: int) -> dict[str, float]:
     """Seconds of 16 splits as one program over those of one split.
 
-    The inner axis is `map`: under `vmap` XLA's CPU backend leaves LAPACK for batched triangular solves, and one run of
+    The inner axis is `map`: under `vmap` XLA's CPU backend seems to leave LAPACK for batched triangular solves, and one run of
     16 splits had not ended after 100 s.
     """
     import jax
