@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mlsec_jax as mj
+from benchmarks import _deep_victim
 from benchmarks import deep_back_gradient as deep
 from mlsec_jax import losses, threat
 
@@ -25,7 +26,7 @@ def test_network_is_as_large_as_promised_and_starts_alike_under_both_recipes():
 
 
 def test_filters_are_orthonormal_pairs():
-    flat = np.asarray(deep.filters()).reshape(25, -1)
+    flat = np.asarray(_deep_victim.filters()).reshape(25, -1)
     half = flat[:, :8]
     np.testing.assert_allclose(half.T @ half, np.eye(8), atol=1e-6)
     np.testing.assert_array_equal(flat[:, 8:], -half)
