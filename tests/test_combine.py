@@ -29,6 +29,8 @@ def test_run_uses_one_key_a_step():
     state, infos = combine.run(draw, KEY, None, mj.Known(), num_steps=3)
     _, step_key = jax.random.split(KEY)
     expected = [jax.random.uniform(jax.random.fold_in(step_key, k)) for k in range(3)]
+    subject, same_infos = combine.iterate(draw, 3)(KEY, None, mj.Known())
+    assert float(subject) == 3.0 and oracles.trees_equal(same_infos, infos)
     assert float(state) == 3.0 and oracles.trees_equal(infos, jnp.stack(expected))
 
 
