@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,15 @@ def unit_rows(step_size: Any) -> optax.GradientTransformation:
         return jax.tree.map(scale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class Options(TypedDict, total=False):
+    """What every preset passes on to `bilevel`, which documents it."""
+
+    threat: Required[Threat]
+    optimizer: Required[optax.GradientTransformation]
+    order: Order | None
+    fixed_key: bool
 
 
 class BilevelState(NamedTuple):
@@ -109,14 +118,13 @@ def bilevel(
     def points(poison: Any) -> int:
         return jax.tree.leaves(poison)[0].shape[0] if threat.rows is not None else 1
 
-    def view(poison: Any, subject: Data, step: jax.Array) -> tuple[Data, jax.Array]:
-        """The training set in which only the poisons that are present count, and which of them move."""
+    def with_present(poison: Any, subject: Data, present: jax.Array) -> Data:
+        """The training set in which only the poisons that are present count."""
         data = threat.embed(poison, subject)
-        present, moving = order(step, points(poison))
-        if threat.rows is not None:
-            factor = jnp.ones_like(data.weight).at[jnp.asarray(threat.rows)].set(present.astype(data.weight.dtype))
-            data = data._replace(weight=data.weight * factor)
-        return data, moving
+        if threat.rows is None:
+            return data
+        factor = jnp.ones_like(data.weight).at[jnp.asarray(threat.rows)].set(present.astype(data.weight.dtype))
+        return data._replace(weight=data.weight * factor)
 
     def init(key: Key, subject: Data, known: Known) -> BilevelState:
         checks.data("subject", subject)
@@ -130,12 +138,14 @@ def bilevel(
         goal, params = needed(known)
         train_key = jax.random.key(0) if fixed_key else key
 
-        def objective(poison: Any) -> tuple[jax.Array, Any]:
-            data, moving = view(poison, subject, state.step)
-            trained, info = trainer(train_key, params, data)
-            return outer(trained, data, goal), (info, moving, data.weight)
+        present, moving = order(state.step, points(state.poison))
 
-        (value, (info, moving, weight)), gradient = jax.value_and_grad(objective, has_aux=True)(state.poison)
+        def objective(poison: Any) -> tuple[jax.Array, Any]:
+            data = with_present(poison, subject, present)
+            trained, info = trainer(train_key, params, data)
+            return outer(trained, data, goal), (info, data.weight)
+
+        (value, (info, weight)), gradient = jax.value_and_grad(objective, has_aux=True)(state.poison)
         alive = jnp.asarray(points(state.poison))
         if threat.rows is not None:
             rows = jnp.asarray(threat.rows)

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from mlsec_jax import checks, losses, tree
-from mlsec_jax.attacks._bilevel import Order, bilevel
-from mlsec_jax.base import Algorithm, Data, Key, LossFn, Threat
+from mlsec_jax.attacks._bilevel import Options, bilevel
+from mlsec_jax.base import Algorithm, Data, Key, LossFn
 
 Rule = Callable[[Key, jax.Array], jax.Array]  # (key, y [k]) -> y' [k]
 
 
-def availability(
-    loss_fn: LossFn,
-    trainer: Any,
-    *,
-    threat: Threat,
-    optimizer: optax.GradientTransformation,
-    order: Order | None = None,
-    fixed_key: bool = True,
-) -> Algorithm:
+def availability(loss_fn: LossFn, trainer: Any, **options: Unpack[Options]) -> Algorithm:
     """Denial of service: poisons that raise the victim's loss on everything.
 
     `min_poison -mean ℓ(θ*(D), goal)`, the goal carrying its *true* labels.
@@ -36,29 +27,17 @@ def availability(
     Args:
       loss_fn: the attacker's per-example loss `-> [n]`.
       trainer: `(key, params, data) -> (params, info)`.
-      threat: the attacker's reach.
-      optimizer: on the poison.
-      order: `joint()` or `greedy(steps_per_point)`.
-      fixed_key: as in `bilevel`.
+      **options: `threat` and `optimizer`, both required, `order` and `fixed_key` of `bilevel`.
 
     Returns:
       An `Algorithm`: `bilevel` with `losses.availability(loss_fn)`.
 
     References: Muñoz-González et al., AISec 2017, eq. (3); Biggio et al., ICML 2012, eq. (3).
     """
-    outer = losses.availability(loss_fn)
-    return bilevel(outer, trainer, threat=threat, optimizer=optimizer, order=order, fixed_key=fixed_key)
+    return bilevel(losses.availability(loss_fn), trainer, **options)
 
 
-def targeted(
-    loss_fn: LossFn,
-    trainer: Any,
-    *,
-    threat: Threat,
-    optimizer: optax.GradientTransformation,
-    order: Order | None = None,
-    fixed_key: bool = True,
-) -> Algorithm:
+def targeted(loss_fn: LossFn, trainer: Any, **options: Unpack[Options]) -> Algorithm:
     """Integrity: poisons that make the victim give chosen points the labels that the attacker chose.
 
     `min_poison mean ℓ(θ*(D), goal)`, the goal carrying the *desired* labels (`targeted_goal`).
@@ -73,19 +52,10 @@ def targeted(
 
     References: Muñoz-González et al., AISec 2017, eq. (4).
     """
-    outer = losses.goal_loss(loss_fn)
-    return bilevel(outer, trainer, threat=threat, optimizer=optimizer, order=order, fixed_key=fixed_key)
+    return bilevel(losses.goal_loss(loss_fn), trainer, **options)
 
 
-def error_specific(
-    loss_fn: LossFn,
-    trainer: Any,
-    *,
-    threat: Threat,
-    optimizer: optax.GradientTransformation,
-    order: Order | None = None,
-    fixed_key: bool = True,
-) -> Algorithm:
+def error_specific(loss_fn: LossFn, trainer: Any, **options: Unpack[Options]) -> Algorithm:
     """Poisons that send one class to another, on data never seen: 8s to 3s.
 
     `min_poison mean ℓ(θ*(D), goal)`, the goal a relabelled validation set (`error_specific_goal`).
@@ -100,7 +70,7 @@ def error_specific(
 
     References: Muñoz-González et al., AISec 2017, eq. (4) and section 4.3.
     """
-    return targeted(loss_fn, trainer, threat=threat, optimizer=optimizer, order=order, fixed_key=fixed_key)
+    return targeted(loss_fn, trainer, **options)
 
 
 def targeted_goal(points: Data, labels: Any) -> Data:

@@ -173,23 +173,23 @@ def implicit(
 
         return jax.tree.map(each, gradient(inside, data), chosen, active, mask)
 
+    def hessian_at(chosen: Params, fixed: Params, data: Data) -> Callable[[Params], Params]:
+        """`v -> ∂optimality · v`."""
+        return lambda v: jax.jvp(lambda c: optimality(c, fixed, data), (chosen,), (v,))[1]
+
     def polish(found: Params, fixed: Params, data: Data) -> Params:
         """Newton steps on the active set that the first-order solver found; each is kept if it helps."""
 
         def body(_: int, now: Params) -> Params:
             residual = optimality(now, fixed, data)
-            matvec = lambda v: jax.jvp(lambda c: optimality(c, fixed, data), (now,), (v,))[1]
-            then = tree.add_scaled(now, -1.0, linalg.cholesky_solve(matvec, residual))
-            same = jax.tree.map(lambda a, b: jnp.all(jnp.sign(a) == jnp.sign(b)), active_sign(now), active_sign(then))
+            then = tree.add_scaled(now, -1.0, linalg.cholesky_solve(hessian_at(now, fixed, data), residual))
+            mask = tree.mask_of(now, objective.penalise)
+            same = jax.tree.map(lambda a, b, keep: jnp.all(jnp.sign(a) == jnp.sign(b)) | (not keep), now, then, mask)
             better = tree.norm(optimality(then, fixed, data)) < tree.norm(residual)
             better &= jnp.all(jnp.stack(jax.tree.leaves(same)))
             return jax.tree.map(lambda a, b: jnp.where(better, b, a), now, then)
 
         return jax.lax.fori_loop(0, 3, body, found)
-
-    def active_sign(chosen: Params) -> Params:
-        mask = tree.mask_of(chosen, objective.penalise)
-        return jax.tree.map(lambda leaf, penalised: leaf if penalised else jnp.ones_like(leaf), chosen, mask)
 
     @jaxopt.implicit_diff.custom_root(optimality, has_aux=True, solve=solve_linear)
     def optimum(chosen: Params, fixed: Params, data: Data) -> tuple[Params, Info]:
@@ -209,7 +209,7 @@ def implicit(
         trained, info = fit(key, params, data)
         chosen, fixed = tree.partition(trained, trainable)
         target, _ = tree.partition(cotangent, trainable)
-        matvec = lambda v: jax.jvp(lambda c: optimality(c, fixed, data), (chosen,), (v,))[1]
+        matvec = hessian_at(chosen, fixed, data)
         solution = solve_linear(matvec, target)
         residual = tree.norm(tree.add_scaled(matvec(solution), -1.0, target)) / tree.norm(target)
         report = {"stationarity": info["stationarity"], "residual": residual}
