@@ -140,6 +140,13 @@ class Objective(NamedTuple):
     l1: Any = 0.0
     penalise: Any = None
 
+    def value(self, params: Params, data: Data) -> jax.Array:
+        """The whole objective, the L1 part included."""
+        smooth = self.smooth(params, data)
+        chosen, _ = tree.partition(params, self.penalise)
+        size = sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(chosen))
+        return smooth + jnp.asarray(self.l1, smooth.dtype) * size
+
 
 def not_bias(path: str, leaf: Any) -> bool:
     """Chooses every leaf but the biases (names ending in `b` or `bias`)."""

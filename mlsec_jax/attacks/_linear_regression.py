@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from mlsec_jax import losses, tree
+from mlsec_jax import losses
 from mlsec_jax.attacks._bilevel import Order, bilevel
 from mlsec_jax.base import Algorithm, ApplyFn, Data, Threat
 from mlsec_jax.bilevel import implicit
@@ -54,10 +53,7 @@ def linear_regression(
     objective = losses.regularised(losses.squared(apply_fn), l1=l1, l2=l2)
 
     def outer(params: Any, data: Data, goal: Data) -> jax.Array:
-        chosen, _ = tree.partition(params, objective.penalise)
-        size = sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(chosen))
-        smooth = objective.smooth(params, goal)
-        return -(smooth + jnp.asarray(l1, smooth.dtype) * size)
+        return -objective.value(params, goal)
 
     trainer = implicit(objective, solver=solver, linear_solve=linear_solve)
     return bilevel(outer, trainer, threat=threat, optimizer=optimizer, order=order)

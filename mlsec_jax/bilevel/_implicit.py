@@ -202,7 +202,7 @@ def implicit(
         chosen, fixed = tree.partition(params, trainable)
         trained, info = optimum(jax.lax.stop_gradient(chosen), fixed, data)
         whole = tree.merge(trained, fixed)
-        info = {**info, "stationarity": tree.norm(optimality(trained, fixed, data)), "objective": objective.smooth(whole, data)}
+        info = {**info, "stationarity": tree.norm(optimality(trained, fixed, data)), "objective": objective.value(whole, data)}
         return whole, jax.lax.stop_gradient(info)
 
     def probe(key: Key, params: Params, data: Data, cotangent: Params) -> dict[str, jax.Array]:

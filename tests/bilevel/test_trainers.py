@@ -76,6 +76,8 @@ def test_sparse_regression_agrees_on_its_active_set(l1, l2, x64):
     trained, info = jax.jit(trainer)(jax.random.key(0), params, data)
     assert 0 < int(jnp.sum(trained["w"] == 0)) < problems.DIM
     assert float(info["stationarity"]) < 1e-12
+    whole = losses.empirical(loss_fn)(trained, data) + l1 * jnp.abs(trained["w"]).sum() + l2 / 2 * (trained["w"] ** 2).sum()
+    np.testing.assert_allclose(info["objective"], whole, rtol=1e-12)
     value = lambda x: losses.empirical(loss_fn)(
         trainer(jax.random.key(0), params, data._replace(x=x, weight=jnp.ones(data.num_rows)))[0], data._replace(y=data.y + 1)
     )
