@@ -203,6 +203,52 @@ _row(
     reference="Huang et al., NeurIPS 2020",
 )
 _row(
+    "attacks.feature_collision",
+    title="Feature collision (Poison Frogs)",
+    goal=("integrity",),
+    changes="pixels of chosen training rows; labels stay",
+    budget="number of rows; distance to the base, or l-inf radius",
+    reference="Shafahi et al., NeurIPS 2018",
+)
+_row(
+    "attacks.convex_polytope",
+    title="Convex Polytope",
+    goal=("integrity",),
+    knowledge="gray",
+    changes="pixels of chosen training rows; labels stay",
+    budget="number of rows; l-inf radius",
+    reference="Zhu et al., ICML 2019",
+)
+_row(
+    "attacks.bullseye_polytope",
+    title="Bullseye Polytope",
+    goal=("integrity",),
+    knowledge="gray",
+    changes="pixels of chosen training rows; labels stay",
+    budget="number of rows; l-inf radius",
+    reference="Aghakhani et al., EuroS&P 2021",
+)
+_row(
+    "attacks.gradient_matching",
+    title="Gradient matching (Witches' Brew)",
+    goal=("integrity",),
+    knowledge="gray",
+    changes="pixels of chosen training rows; labels stay",
+    budget="number of rows; l-inf radius",
+    reference="Geiping et al., ICLR 2021",
+)
+_row(
+    "attacks.sleeper_agent",
+    title="Sleeper Agent",
+    goal=("integrity",),
+    knowledge="gray",
+    train_trigger="hidden",
+    test_trigger="visible",
+    changes="pixels of chosen training rows; labels stay",
+    budget="number of rows; l-inf radius",
+    reference="Souri et al., NeurIPS 2022",
+)
+_row(
     "attacks.flip_random",
     title="Random label flips",
     goal=("availability",),

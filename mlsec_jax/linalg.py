@@ -88,3 +88,64 @@ def project_ball(v: jax.Array, radius: Any) -> jax.Array:
     length = jnp.sqrt(jnp.where(square > 0, square, 1))
     radius = jnp.asarray(radius, v.dtype)
     return jnp.where(square > jnp.square(radius), v * (radius / length), v)
+
+
+def nearest_in_hull(gram: jax.Array) -> jax.Array:
+    """The point of a convex hull nearest to the origin: `argmin_c cᵀ G c`, `c ≥ 0`, `Σ c = 1`, `G = P Pᵀ` of k points.
+
+    An active-set method: it ends after finitely many corners, and c is exact to rounding. With `P = Φ - t` it is
+    least squares on the simplex, `min ‖cᵀΦ - t‖`. Corners that do not help are left out, so c is sparse.
+
+    Args:
+      gram: `[k, k]`, symmetric positive semi-definite.
+
+    Returns:
+      c `[k]`.
+
+    Reference: P. Wolfe, "Finding the nearest point in a polytope", Mathematical Programming 11, 1976.
+
+    >>> nearest_in_hull(jnp.array([[2.0, 0.0], [0.0, 2.0]])).round(3).tolist()
+    [0.5, 0.5]
+    """
+    k = gram.shape[0]
+    diagonal = jnp.diagonal(gram)
+    scale = jnp.max(diagonal)
+    gram = gram / jnp.where(scale > 0, scale, 1)
+    eye = jnp.eye(k, dtype=gram.dtype)
+    tiny = jnp.finfo(gram.dtype).eps
+
+    def affine(corners: jax.Array) -> jax.Array:
+        """The nearest point of the affine hull of the corners `[k]` (bools); 0 elsewhere."""
+        both = corners[:, None] & corners[None]
+        system = jnp.where(both, gram + 1, 0) + jnp.where(corners, 10 * tiny, 1)[:, None] * eye
+        c = jnp.linalg.solve(system, corners.astype(gram.dtype))
+        return c / jnp.sum(c)
+
+    def inner(carry: tuple) -> tuple:
+        c, corners, _ = carry
+        aim = affine(corners)
+        shrinking = corners & (aim <= tiny)
+        ratio = jnp.where(shrinking, c / jnp.where(shrinking, c - aim, 1), jnp.inf)
+        step = jnp.minimum(jnp.min(ratio), 1)
+        moved = jnp.where(corners, c + step * (aim - c), 0)
+        dropped = shrinking & (ratio <= step)
+        corners = corners & ~dropped
+        moved = jnp.where(corners, jnp.maximum(moved, 0), 0)
+        return moved / jnp.sum(moved), corners, jnp.any(shrinking)
+
+    def outer(carry: tuple) -> tuple:
+        c, corners, value, _, count = carry
+        slope = gram @ c
+        best = jnp.argmin(slope)
+        optimal = (slope[best] >= c @ slope - 32 * tiny) | corners[best]
+        wider = corners | (jnp.arange(k) == best)
+        c_new, corners_new, _ = jax.lax.while_loop(lambda s: s[2], inner, (c, wider, jnp.asarray(True)))
+        value_new = c_new @ (gram @ c_new)
+        stop = optimal | (value_new >= value)  # rounding: the last corner brought nothing
+        keep = lambda new, old: jnp.where(stop, old, new)
+        return keep(c_new, c), keep(corners_new, corners), keep(value_new, value), stop, count + 1
+
+    first = jnp.arange(k) == jnp.argmin(diagonal)
+    start = first.astype(gram.dtype)
+    state = (start, first, start @ (gram @ start), jnp.asarray(False), jnp.zeros((), jnp.int32))
+    return jax.lax.while_loop(lambda s: ~s[3] & (s[4] < 4 * k), outer, state)[0]

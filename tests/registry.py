@@ -45,6 +45,7 @@ class Row:
 
 
 MOMENTUM = optax.sgd(0.5, momentum=0.9)
+ADAM = optax.adam(0.03)
 
 
 def _append(problem):
@@ -122,6 +123,36 @@ def _metapoison(problem, radius):
     )
 
 
+def _seen(problem):
+    """The problem in a small tanh network with weights, as clean-label attacks need one whose features move."""
+    width = problem.train.x.shape[1]
+    weights = jnp.sin(jnp.arange(width * 6, dtype=problem.train.x.dtype)).reshape(width, 6)
+    params = {"hidden": weights, "head": 0.5 * jnp.cos(weights[:, :3].T.repeat(2, axis=0)[:, :3])}
+    apply_fn = lambda p, x, key=None: jnp.tanh(x @ p["hidden"]) @ p["head"]
+    return problem._replace(params=params, known=problem.known.replace(params=params), apply_fn=apply_fn,
+                            loss_fn=losses.cross_entropy(apply_fn))  # fmt: skip
+
+
+def _features(params, x, key=None):
+    return jnp.tanh(x @ params["hidden"])
+
+
+def _crafting(name, factory, **options):
+    """The row of a clean-label attack in the network of `_seen`."""
+
+    def build(problem, radius):
+        return factory(problem, threat=_perturb(problem, radius))
+
+    zero = lambda problem: build(problem, 0.0)
+    return Row(name, "attack", build, problem=_seen, zero=zero, project=_perturb, **options)
+
+
+def _sleeper(problem, **reach):
+    trainer = bilevel.unrolled(problem.loss_fn, optax.sgd(0.5), 3)
+    trigger = lambda key, x: x.at[:, 0].set(1)
+    return attacks.sleeper_agent(problem.loss_fn, trainer, trigger, optimizer=ADAM, retrain_every=10, **reach)
+
+
 def _machine(problem):
     """The binary problem with a kernel machine, whose parameters are the rows themselves."""
     problem = problems.binary(problem)
@@ -172,6 +203,17 @@ ROWS = [
         full_batch=False,
         lowers=False,  # each step sees other surrogates; tests/attacks compares victims instead
     ),
+    _crafting("attacks.feature_collision", lambda p, **reach: attacks.feature_collision(_features, beta=0.01, **reach)),
+    _crafting(
+        "attacks.convex_polytope", lambda p, **reach: attacks.convex_polytope(_features, optimizer=ADAM, **reach)
+    ),
+    _crafting(
+        "attacks.bullseye_polytope", lambda p, **reach: attacks.bullseye_polytope(_features, optimizer=ADAM, **reach)
+    ),
+    _crafting(
+        "attacks.gradient_matching", lambda p, **reach: attacks.gradient_matching(p.loss_fn, optimizer=ADAM, **reach)
+    ),
+    _crafting("attacks.sleeper_agent", _sleeper),
     _trainer("bilevel.unrolled", lambda p, rate: bilevel.unrolled(p.loss_fn, optax.sgd(rate), 5, remat="sqrt")),
     _trainer("bilevel.truncated", lambda p, rate: bilevel.truncated(p.loss_fn, optax.sgd(rate), 5, last=2)),
     _trainer("bilevel.forward", lambda p, rate: bilevel.forward(p.loss_fn, optax.sgd(rate), 5, rows=p.reserved)),
@@ -279,6 +321,7 @@ HELPERS = {
     "attacks.error_specific_goal",
     "attacks.greedy",
     "attacks.joint",
+    "attacks.largest_gradients",
     "attacks.most_influential",
     "attacks.on_features",
     "attacks.on_features_loss",

@@ -11,7 +11,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.spl
 ANNEX = {"models", "data", "catalogue", "parallel", "drive", "_checkpoint"}
 FLOOR_0 = {"base", "checks", "tree", "linalg"}
 SHARED = {  # what several files of one room share; a method never imports a sibling method
-    "attacks": {"_bilevel"},
+    "attacks": {"_bilevel", "_craft", "_matching"},
     "bilevel": {"_kernels", "_unrolled", "_reversible", "_fixed_point", "_jaxopt"},
     "data": {"_cache"},
     "measure": {"_interval"},

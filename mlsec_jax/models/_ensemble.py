@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mlsec_jax import checks
+from mlsec_jax import checks, tree
 
 
 def ensemble(fns: Sequence[Callable[..., Any]], *, over: str = "vmap") -> Callable[..., tuple]:
@@ -15,7 +15,8 @@ def ensemble(fns: Sequence[Callable[..., Any]], *, over: str = "vmap") -> Callab
 
     f(params, x, key)[a][m] = fns[a](params[a][m], x, key of (a, m))
 
-    A loss reduces over the leaves of what it returns, so an attack takes an ensemble wherever it takes a network.
+    A loss reduces over the leaves of what it returns, and each leaf keeps the rows as its first axis, so an attack takes
+    an ensemble wherever it takes a network.
 
     Args:
       fns: `apply` or `features` functions `(params, x, key=None)`, one for each architecture.
@@ -23,14 +24,14 @@ def ensemble(fns: Sequence[Callable[..., Any]], *, over: str = "vmap") -> Callab
         after the other, in the memory of one member; on CPU as fast.
 
     Returns:
-      `(params, x, key=None) -> tuple`, an entry for each architecture: the outputs of its members, stacked,
-      `[members, n, ...]` (pytrees stay pytrees). `params` is a tuple of pytrees whose leaves lead with the members'
+      `(params, x, key=None) -> tuple`, an entry for each architecture: a tuple of its members' outputs, `[n, ...]` each
+      (pytrees stay pytrees). `params` is a tuple of pytrees whose leaves lead with the members'
       axis; architectures may have different numbers of members.
 
     >>> import jax.numpy as jnp
     >>> fn = ensemble([lambda w, x, key=None: x @ w])
-    >>> fn((jnp.ones((5, 3, 2)),), jnp.ones((4, 3)))[0].shape
-    (5, 4, 2)
+    >>> [each.shape for each in fn((jnp.ones((2, 3, 5)),), jnp.ones((4, 3)))[0]]
+    [(4, 5), (4, 5)]
     """
     if callable(fns) or not len(fns):
         raise ValueError(f"fns: expected a sequence of at least one function, got {fns!r}.")
@@ -47,13 +48,16 @@ def ensemble(fns: Sequence[Callable[..., Any]], *, over: str = "vmap") -> Callab
     return ensemble_fn
 
 
-def _members(fn: Callable[..., Any], params: Any, x: Any, key: jax.Array | None, over: str) -> Any:
+def _members(fn: Callable[..., Any], params: Any, x: Any, key: jax.Array | None, over: str) -> tuple:
     """Every member of one architecture on the same inputs."""
     counts = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
     if len(counts) != 1 or counts == {()}:
         raise ValueError(f"params: expected leaves that all lead with the members' axis, got {sorted(counts)}.")
-    keys = None if key is None else jax.random.split(key, next(iter(counts))[0])
+    ((members,),) = counts
+    keys = None if key is None else jax.random.split(key, members)
     one = lambda own, k: fn(own, x, k)
     if over == "map":
-        return jax.lax.map(lambda operands: one(*operands), (params, keys))
-    return jax.vmap(one)(params, keys)
+        stacked = jax.lax.map(lambda operands: one(*operands), (params, keys))
+    else:
+        stacked = jax.vmap(one)(params, keys)
+    return tuple(tree.take(stacked, m) for m in range(members))

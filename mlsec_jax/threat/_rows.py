@@ -87,7 +87,7 @@ def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
 
 
 def perturb_rows(
-    rows: Any, *, radius: Any = jnp.inf, norm: str = "linf", lo: Any = 0.0, hi: Any = 1.0
+    rows: Any, *, radius: Any = jnp.inf, norm: str = "linf", lo: Any = 0.0, hi: Any = 1.0, noise: Any = 0.0
 ) -> Threat:
     """The attacker changes the inputs of existing rows a little; labels stay.
 
@@ -104,17 +104,24 @@ def perturb_rows(
       norm: `"linf"` or `"l2"`.
       lo: least value.
       hi: greatest value.
+      noise: standard deviation of the Gaussian noise that `init` starts from (before `project`), for restarts.
 
     Returns:
       A `Threat` whose poison is `[k, ...]`, the perturbed inputs themselves.
     """
     checks.at_least("radius", radius, 0)
+    checks.at_least("noise", noise, 0)
     checks.one_of("norm", norm, ("linf", "l2"))
 
     def init(key: Key, data: Data) -> Any:
-        del key
         _check_rows(rows, data)
-        return tree.take(data.x, jnp.asarray(rows))
+        chosen = tree.take(data.x, jnp.asarray(rows))
+        if isinstance(noise, (int, float)) and noise == 0:
+            return chosen
+        leaves, structure = jax.tree.flatten(chosen)
+        keys = jax.random.split(key, len(leaves))
+        draw = lambda k, leaf: leaf + jnp.asarray(noise, leaf.dtype) * jax.random.normal(k, leaf.shape, leaf.dtype)
+        return jax.tree.unflatten(structure, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=True)])
 
     def project(poison: Any, data: Data) -> Any:
         def each(p: jax.Array, base: jax.Array) -> jax.Array:

@@ -146,9 +146,9 @@ def test_an_ensemble_is_each_member_by_itself(compiled, over):
     stacked = tuple(jax.vmap(lambda key, n=name: NETS[n][0].init(key, x))(keys[: 2 + (name == "mlp")]) for name in nets)
     fn = jax.jit(models.ensemble([NETS[name][0].features for name in nets], over=over))
     out = fn(stacked, x)
-    assert [leaf.shape for leaf in out] == [(2, 3, 16), (3, 3, 6)]
+    assert [[leaf.shape for leaf in each] for each in out] == [[(3, 16)] * 2, [(3, 6)] * 3]
     for name, own, found in zip(nets, stacked, out, strict=True):
-        for member in range(found.shape[0]):
+        for member in range(len(found)):
             expected = NETS[name][0].features(jax.tree.map(lambda leaf, m=member: leaf[m], own), x)
             np.testing.assert_allclose(found[member], expected, rtol=1e-5, atol=1e-6)
     dropped = fn(stacked, x, KEY)[1]

@@ -1,0 +1,50 @@
+"""Projections onto simplices and hulls, against brute force."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlsec_jax import linalg
+
+
+def brute_force(gram):
+    """The least `cᵀ G c` on the simplex, by the KKT system of every subset of corners."""
+    k, values, scale = len(gram), [], np.diag(gram).max()
+    gram = gram / scale
+    for size in range(1, k + 1):
+        for corners in map(list, itertools.combinations(range(k), size)):
+            ones = np.ones((size, 1))
+            system = np.block([[gram[np.ix_(corners, corners)], ones], [ones.T, np.zeros((1, 1))]])
+            c = np.linalg.lstsq(system, np.r_[np.zeros(size), 1], rcond=None)[0][:size]
+            if np.all(c >= -1e-12):
+                values.append(c @ gram[np.ix_(corners, corners)] @ c)
+    return scale * min(values)
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_the_nearest_point_of_a_hull_is_brute_forces(x64, k):
+    rng = np.random.default_rng(k)
+    solve = jax.jit(linalg.nearest_in_hull)
+    for trial in range(20):
+        points = rng.normal(size=(k, rng.integers(1, 12))) + 3 * rng.integers(0, 2)
+        if trial % 4 == 0 and k > 1:
+            points[1] = points[0]  # a corner twice: the Gram matrix is singular
+        points *= 10.0 ** rng.integers(-3, 4)
+        gram = points @ points.T
+        c = np.asarray(solve(jnp.asarray(gram)))
+        assert abs(c.sum() - 1) < 1e-12 and c.min() >= 0
+        assert c @ gram @ c - brute_force(gram) <= 1e-9 * np.diag(gram).max()
+
+
+def test_in_single_precision_it_stays_on_the_simplex():
+    points = np.random.default_rng(0).normal(size=(30, 25, 64)) + 0.5
+    c = np.asarray(jax.vmap(linalg.nearest_in_hull)(jnp.asarray(points @ points.transpose(0, 2, 1), jnp.float32)))
+    assert np.abs(c.sum(axis=1) - 1).max() < 1e-6 and c.min() >= 0
+
+
+def test_points_that_coincide_with_the_origin_are_a_solution():
+    c = linalg.nearest_in_hull(jnp.zeros((3, 3)))
+    assert float(jnp.sum(c)) == 1 and not bool(jnp.any(jnp.isnan(c)))
