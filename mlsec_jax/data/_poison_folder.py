@@ -1,0 +1,129 @@
+"""Poisons as the published benchmark exchanges them (Schwarzschild et al., ICML 2021): three pickles in a folder.
+
+`poisons.pickle` is a list of (PIL image, label), `base_indices.pickle` the rows that they replace, and `target.pickle`
+an (image, label), or (image, label, patch, [x, y]) where a trigger is pasted at test time. They are read by an
+unpickler that knows images and arrays only, so that a folder from a stranger cannot run code.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+_ALLOWED = {
+    ("PIL.Image", "Image"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("_codecs", "encode"),
+}
+
+
+class PoisonFolder(NamedTuple):
+    """The content of a folder of poisons.
+
+    Attributes:
+      x: `[k, h, w, c]` uint8.
+      y: `[k]` int32, the poisons' labels.
+      base_indices: `[k]`, the rows of the official training set that they replace.
+      target_x: `[h, w, c]` uint8.
+      target_y: the target's true label.
+      patch: `[c, h', w']` float in [0, 1], or None.
+      corner: `(x, y)` of the patch's upper left corner, or None.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    base_indices: np.ndarray
+    target_x: np.ndarray
+    target_y: int
+    patch: np.ndarray | None = None
+    corner: tuple[int, int] | None = None
+
+
+class _Restricted(pickle.Unpickler):
+    """Builds images, arrays and plain containers; any other name in the stream is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise ValueError(f"{module}.{name}: expected images and arrays only in a folder of poisons: refused.")
+        return super().find_class(module, name)
+
+
+def read_poisons(folder: str | os.PathLike) -> PoisonFolder:
+    """Reads a folder of poisons; nothing in it is executed.
+
+    Args:
+      folder: holds `poisons.pickle`, `base_indices.pickle` and `target.pickle`.
+
+    Raises:
+      FileNotFoundError: one of the three is missing.
+      ValueError: a pickle names anything but images and arrays, or the parts do not belong together.
+    """
+    loaded = {}
+    for name in ("poisons", "base_indices", "target"):
+        path = Path(folder) / f"{name}.pickle"
+        if not path.is_file():
+            raise FileNotFoundError(f"folder: expected {path}, one of the three files of a folder of poisons.")
+        loaded[name] = _Restricted(io.BytesIO(path.read_bytes())).load()
+    poisons, target = loaded["poisons"], loaded["target"]
+    indices = np.asarray(loaded["base_indices"]).astype(np.int64)
+    if len(poisons) != len(indices):
+        raise ValueError(f"folder: expected a base for each of {len(poisons)} poisons, got {len(indices)}.")
+    x = np.stack([np.asarray(image.convert("RGB")) for image, _ in poisons])
+    y = np.asarray([label for _, label in poisons], np.int32)
+    image, label, *trigger = target
+    patch, corner = (np.asarray(trigger[0]), (int(trigger[1][0]), int(trigger[1][1]))) if trigger else (None, None)
+    return PoisonFolder(x, y, indices, np.asarray(image.convert("RGB")), int(label), patch, corner)
+
+
+def write_poisons(folder: str | os.PathLike, poisons: PoisonFolder) -> None:
+    """Writes a folder of poisons that the published benchmark scores.
+
+    Args:
+      folder: made if it is not there.
+      poisons: floats in [0, 1] are rounded to the nearest of 256 levels, bytes are kept.
+    """
+    if len(poisons.x) != len(poisons.y) or len(poisons.x) != len(poisons.base_indices):
+        sizes = [len(poisons.x), len(poisons.y), len(poisons.base_indices)]
+        raise ValueError(f"poisons: expected as many images as labels and bases, got {sizes}.")
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    images = [Image.fromarray(to_bytes(x)) for x in poisons.x]
+    target: tuple = (Image.fromarray(to_bytes(poisons.target_x)), int(poisons.target_y))
+    if poisons.patch is not None and poisons.corner is not None:
+        target += (np.asarray(poisons.patch), list(poisons.corner))
+    contents = {
+        "poisons": [(image, int(label)) for image, label in zip(images, poisons.y, strict=True)],
+        "base_indices": np.asarray(poisons.base_indices),
+        "target": target,
+    }
+    for name, content in contents.items():
+        temporary = root / f".{name}.pickle.{os.getpid()}"
+        temporary.write_bytes(pickle.dumps(content, protocol=4))
+        os.replace(temporary, root / f"{name}.pickle")
+
+
+def to_bytes(x: Any) -> np.ndarray:
+    """Images in [0, 1] as uint8, rounded to the nearest; bytes stay bytes.
+
+    A radius of whole levels (8/255) around an image of whole levels survives: rounding never crosses a level.
+
+    >>> to_bytes(np.array([0.0, 0.5, 1.0])).tolist()
+    [0, 128, 255]
+    """
+    x = np.asarray(x)
+    if x.dtype == np.uint8:
+        return x
+    if not np.isfinite(x).all() or x.min(initial=0) < 0 or x.max(initial=0) > 1:
+        raise ValueError("x: expected images in [0, 1].")
+    return np.rint(np.asarray(x, np.float64) * 255).astype(np.uint8)

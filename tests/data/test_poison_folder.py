@@ -1,0 +1,104 @@
+"""Folders of poisons: what is written is read, what could run code is refused, a budget survives rounding."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlsec_jax import data
+
+
+def example(k=3, side=4):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (k, side, side, 3), np.uint8)
+    return data.PoisonFolder(x, np.full(k, 5, np.int32), np.arange(k) + 10, x[0], 2)
+
+
+@pytest.mark.parametrize("trigger", [False, True])
+def test_a_folder_comes_back(tmp_path, trigger):
+    poisons = example()
+    if trigger:
+        poisons = poisons._replace(patch=np.ones((3, 2, 2)), corner=(1, 2))
+    data.write_poisons(tmp_path / "new" / "folder", poisons)
+    found = data.read_poisons(tmp_path / "new" / "folder")
+    for mine, theirs in zip(poisons, found, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["base_indices.pickle", "poisons.pickle", "target.pickle"]
+
+
+def test_others_folders_are_read(tmp_path):
+    image = Image.fromarray(example().x[0])
+    for name, content in (("poisons", [(image, 1)]), ("base_indices", [np.int64(7)]), ("target", (image, np.int64(3)))):
+        (tmp_path / f"{name}.pickle").write_bytes(pickle.dumps(content, protocol=2))
+    found = data.read_poisons(tmp_path)
+    assert found.base_indices.tolist() == [7] and found.target_y == 3 and found.patch is None
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.write_poisons(tmp_path, example())
+    (tmp_path / "base_indices.pickle").write_bytes(pickle.dumps([Evil()]))
+    with pytest.raises(ValueError, match=r"system: expected images and arrays only"):
+        data.read_poisons(tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_what_is_missing_or_does_not_fit_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"poisons\.pickle"):
+        data.read_poisons(tmp_path)
+    with pytest.raises(ValueError, match=r"got \[3, 3, 2\]"):
+        data.write_poisons(tmp_path, example()._replace(base_indices=np.arange(2)))
+    data.write_poisons(tmp_path, example())
+    (tmp_path / "base_indices.pickle").write_bytes(pickle.dumps(np.arange(2)))
+    with pytest.raises(ValueError, match="a base for each of 3 poisons, got 2"):
+        data.read_poisons(tmp_path)
+    with pytest.raises(ValueError, match=r"images in \[0, 1\]"):
+        data.to_bytes(np.array([1.2]))
+
+
+def test_a_budget_of_whole_levels_survives_rounding():
+    rng = np.random.default_rng(1)
+    base = rng.integers(0, 256, 4000).astype(np.uint8)
+    clean = base.astype(np.float32) / np.float32(255)
+    radius = np.float32(8 / 255)
+    moved = np.clip(clean + rng.choice([-1, 1, 0.37], 4000).astype(np.float32) * radius, clean - radius, clean + radius)
+    rounded = data.to_bytes(np.clip(moved, 0, 1))
+    assert np.abs(rounded.astype(int) - base).max() == 8
+
+
+def test_fine_tuning_rows_are_the_first_of_each_class():
+    labels = np.tile(np.arange(10), 50)
+    setup = data.PoisonSetup(0, 1, 3, np.array([3, 13, 23]))
+    rows = data.fine_tuning_rows(labels, setup, num_rows=100)
+    assert rows[:3].tolist() == [3, 13, 23] and len(set(rows.tolist())) == 100
+    assert np.bincount(labels[rows]).tolist() == [10] * 10
+    assert sorted(rows[labels[rows] == 3]) == [3, 13, 23, *range(33, 103, 10)]
+
+
+def test_published_setups_agree_with_the_labels():
+    try:
+        setups = data.poison_setups("transfer_learning")
+        _, y, index = data.load("cifar10", split="train", index=True)
+        _, y_test, index_test = data.load("cifar10", split="test", index=True)
+    except FileNotFoundError as error:
+        assert "set-ups" in str(error) or "tfds build" in str(error)
+        pytest.skip("the set-ups or CIFAR-10 are not here")
+    labels, labels_test = y[np.argsort(index)], y_test[np.argsort(index_test)]
+    assert len(setups) == 100
+    for setup in setups:
+        assert (labels[setup.base_indices] == setup.base_class).all()
+        assert labels_test[setup.target_index] == setup.target_class
+
+
+def test_missing_setups_say_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="poisoning_benchmark_cifar10_from_scratch"):
+        data.poison_setups("from_scratch", data_dir=tmp_path)
