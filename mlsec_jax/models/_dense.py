@@ -116,11 +116,11 @@ def mlp(
     return _model.with_head(body, features, num_classes)
 
 
-def check_rate(rate: Any) -> None:
+def check_rate(rate: Any, name: str = "dropout") -> None:
     """A dropout rate lies in [0, 1)."""
-    checks.between("dropout", rate, 0, 1)
+    checks.between(name, rate, 0, 1)
     if checks.is_concrete(rate) and rate >= 1:
-        raise ValueError(f"dropout: expected less than 1, got {rate}.")
+        raise ValueError(f"{name}: expected less than 1, got {rate}.")
 
 
 def hidden_leaves(fan_in: int, widths: Sequence[int]) -> dict:
@@ -135,5 +135,5 @@ def hidden(
     """The hidden layers of `hidden_leaves`, each followed by its activation and dropout."""
     for i in range(depth):
         h = activation_fn(_model.dense(params[f"layer{i}"], h))
-        h = _model.dropout(None if key is None else jax.random.fold_in(key, i), h, rate)
+        h = _model.dropout(_model.layer_key(key, i), h, rate)
     return h

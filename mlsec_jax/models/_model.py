@@ -17,7 +17,7 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 class Model(NamedTuple):
-    """A network as three pure functions over a pytree of parameters.
+    """A network as pure functions over a pytree of parameters.
 
     The last layer of the networks built here is `params["head"]`, so that `trainable=` can choose it by name:
     `lambda path, leaf: path.startswith("head")`. Weights are called `w`, biases `b`.
@@ -28,11 +28,23 @@ class Model(NamedTuple):
       apply: `(params, x [n, ...], key=None) -> outputs [n, c]`. `key=None` is evaluation, a key is training
         (dropout).
       features: `(params, x, key=None)`, what the head reads: `[n, d]`, or a pytree of such.
+      layers_fn: `(params, x, key=None) -> tuple`, see `layers`; None for a network that shows its features only.
     """
 
     init: Callable[[jax.Array, Any], Params]
     apply: ApplyFn
     features: Callable[..., Any]
+    layers_fn: Callable[..., tuple] | None = None
+
+    def layers(self, params: Params, x: jax.Array, key: jax.Array | None = None) -> tuple:
+        """What each block gives, from the first to the last, and then the features.
+
+        Attacks on several layers at once take the last few: `lambda *args: model.layers(*args)[-3:]`; under `jit`
+        the others cost nothing. A network without blocks gives the features alone.
+        """
+        if self.layers_fn is None:
+            return (self.features(params, x, key),)
+        return self.layers_fn(params, x, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +99,17 @@ def with_head(
         return dense(params["head"], hidden)
 
     return Model(init, apply, features)
+
+
+def with_layers(
+    body: Callable[[tuple[int, ...]], tuple[dict, int]], layers: Callable[..., tuple], num_outputs: int
+) -> Model:
+    """As `with_head`, for a body that tells what each of its blocks gives; the last entry is the features."""
+
+    def features(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return layers(params, x, key)[-1]
+
+    return with_head(body, features, num_outputs)._replace(layers_fn=layers)
 
 
 def row_spec(x: Any) -> tuple[tuple[int, ...], Any]:
@@ -147,6 +170,11 @@ def dropout(key: jax.Array | None, x: jax.Array, rate: Any) -> jax.Array:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
+
+
+def layer_key(key: jax.Array | None, index: int) -> jax.Array | None:
+    """The key of one layer; None, evaluation, stays None."""
+    return None if key is None else jax.random.fold_in(key, index)
 
 
 def flatten(x: jax.Array) -> jax.Array:

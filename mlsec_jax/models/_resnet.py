@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from mlsec_jax import checks
 from mlsec_jax.base import Params
 from mlsec_jax.models import _dense, _model
-from mlsec_jax.models._conv import conv
 from mlsec_jax.models._model import Activation, Model
+from mlsec_jax.models._norm import conv_norm, conv_norm_leaves
 from mlsec_jax.models._pool import global_avg_pool
 
 
@@ -25,6 +24,7 @@ def resnet(
     groups: int = 8,
     activation_fn: Activation = jax.nn.relu,
     dropout: Any = 0.0,
+    block_dropout: Any = 0.0,
     mean: Any = 0.0,
     std: Any = 1.0,
 ) -> Model:
@@ -44,12 +44,14 @@ def resnet(
       groups: groups of the normalisation; must divide `width`.
       activation_fn: the non-linearity.
       dropout: the probability that a feature is dropped before the head in training (when a key is given).
+      block_dropout: likewise, in the middle of each block (Zhu et al. 2019).
       mean: subtracted from the inputs, a number or an array that broadcasts to a row.
       std: divides the inputs, likewise.
 
     Returns:
       A `Model` of images `[n, h, w, c]`; params `{"stem", "stage0_block0", ..., "head"}`; the features are the means
-      over space of the last stage, `[n, width * 2**(len(blocks) - 1)]`.
+      over space of the last stage, `[n, width * 2**(len(blocks) - 1)]`; the layers are the blocks' outputs and the
+      features.
 
     >>> model = resnet(width=8)
     >>> params = jax.eval_shape(lambda key: model.init(key, (32, 32, 3)), jax.random.key(0))
@@ -66,6 +68,7 @@ def resnet(
     if width % groups:
         raise ValueError(f"groups: expected a divisor of width {width}, got {groups}.")
     _dense.check_rate(dropout)
+    _dense.check_rate(block_dropout, "block_dropout")
     normalise = _model.normaliser(mean, std)
     # (name, input channels, output channels, stride) of every block
     plan: list[tuple[str, int, int, int]] = []
@@ -75,37 +78,24 @@ def resnet(
             first = block == 0 and stage > 0
             plan.append((f"stage{stage}_block{block}", size // 2 if first else size, size, 2 if first else 1))
 
-    def layer_leaves(side: int, fan_in: int, size: int) -> dict:
-        return _model.conv_leaves(side, fan_in, size) | {"scale": _model.Leaf((size,), fill=1.0)}
-
-    def layer(params: Params, x: jax.Array, stride: int = 1) -> jax.Array:
-        return _group_norm(conv(x, params["w"], stride=stride), params["scale"], params["b"], groups)
-
     def body(shape: tuple[int, ...]) -> tuple[dict, int]:
         _model.require_image(shape, 2 ** (len(blocks) - 1))
-        leaves: dict = {"stem": layer_leaves(3, shape[2], width)}
+        leaves: dict = {"stem": conv_norm_leaves(3, shape[2], width)}
         for name, fan_in, size, stride in plan:
-            leaves[name] = {"conv0": layer_leaves(3, fan_in, size), "conv1": layer_leaves(3, size, size)}
+            leaves[name] = {"conv0": conv_norm_leaves(3, fan_in, size), "conv1": conv_norm_leaves(3, size, size)}
             if stride > 1:
-                leaves[name]["shortcut"] = layer_leaves(1, fan_in, size)
+                leaves[name]["shortcut"] = conv_norm_leaves(1, fan_in, size)
         return leaves, plan[-1][2]
 
-    def features(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        h = activation_fn(layer(params["stem"], normalise(x)))
-        for name, _, _, stride in plan:
+    def layers(params: Params, x: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        h = activation_fn(conv_norm(params["stem"], normalise(x), groups))
+        outs = []
+        for i, (name, _, _, stride) in enumerate(plan):
             block = params[name]
-            inner = layer(block["conv1"], activation_fn(layer(block["conv0"], h, stride)))
-            h = activation_fn(inner + (layer(block["shortcut"], h, stride) if stride > 1 else h))
-        return _model.dropout(key, global_avg_pool(h), dropout)
+            inner = activation_fn(conv_norm(block["conv0"], h, groups, stride))
+            inner = conv_norm(block["conv1"], _model.dropout(_model.layer_key(key, i), inner, block_dropout), groups)
+            h = activation_fn(inner + (conv_norm(block["shortcut"], h, groups, stride) if stride > 1 else h))
+            outs.append(h)
+        return *outs, _model.dropout(key, global_avg_pool(h), dropout)
 
-    return _model.with_head(body, features, num_classes)
-
-
-def _group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> jax.Array:
-    """Each image's channels, group by group, to mean 0 and variance 1; then a scale and a bias a channel."""
-    n, h, w, c = x.shape
-    grouped = x.reshape(n, h, w, groups, c // groups)
-    centred = grouped - jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=(1, 2, 4), keepdims=True)
-    normed = (centred * lax.rsqrt(variance + 1e-5)).reshape(x.shape)
-    return normed * scale[None, None, None] + bias[None, None, None]
+    return _model.with_layers(body, layers, num_classes)

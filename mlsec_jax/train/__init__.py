@@ -1,5 +1,6 @@
 """Victims' presets of the differentiable trainers."""
 
+from mlsec_jax.train._augment import augment
 from mlsec_jax.train._presets import (
     elastic_net,
     fine_tuned_head,
@@ -9,5 +10,17 @@ from mlsec_jax.train._presets import (
     ridge,
     scratch,
 )
+from mlsec_jax.train._pretrain import Recipe, pretrain
 
-__all__ = ["elastic_net", "fine_tuned_head", "head_only", "lasso", "logistic_regression", "ridge", "scratch"]
+__all__ = [
+    "Recipe",
+    "augment",
+    "elastic_net",
+    "fine_tuned_head",
+    "head_only",
+    "lasso",
+    "logistic_regression",
+    "pretrain",
+    "ridge",
+    "scratch",
+]

@@ -1,0 +1,102 @@
+"""Pre-training of a network on images: the recipe of feature extractors, surrogates and victims from scratch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlsec_jax import checks, loop, losses
+from mlsec_jax.base import Data, Info, Key, Params
+from mlsec_jax.train._augment import augment
+
+
+class Recipe(NamedTuple):
+    """How to pre-train: SGD with Nesterov momentum, a linear warm-up and a cosine to zero, crops and flips.
+
+    Attributes:
+      num_epochs: over the physical rows.
+      batch_size: rows a step.
+      learning_rate: at the end of the warm-up.
+      momentum: of Nesterov's kind.
+      weight_decay: added to the gradient of every leaf, as in PyTorch's SGD.
+      warmup: the fraction of the steps in which the learning rate rises.
+      pad: the largest shift of the augmentation, in pixels.
+      flip: whether it mirrors.
+      bfloat16: whether to compute in bfloat16; parameters and logits stay as they are. For accelerators: it is slower
+        than float32 on CPU.
+    """
+
+    num_epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.2
+    pad: int = 4
+    flip: bool = True
+    bfloat16: bool = False
+
+
+def pretrain(
+    key: Key, model: Any, train: Data, recipe: Recipe = Recipe(), *, mesh: Mesh | None = None
+) -> tuple[Params, Info]:
+    """Trains a network from scratch on images, by a recipe.
+
+    It is a pure function: jit it once, outside. Several networks of one architecture are a `vmap` or `lax.map` over
+    keys (`parallel.spread` puts them on several devices), and `memo` keeps what it gives on disk.
+
+    Args:
+      key: draws the initial parameters, the batches, the augmentation and the dropout.
+      model: a network of `mlsec_jax.models` (anything with `init` and `apply`).
+      train: images `[n, h, w, c]` in the units that the network takes, labels integer `[n]` or soft `[n, c]`.
+      recipe: the `Recipe`.
+      mesh: spreads the rows of each batch over the devices of a mesh of one axis, whose number must divide
+        `batch_size`; the data and parameters are copied to each. None: one device.
+
+    Returns:
+      `(params, info)`; info: `loss`, the mean training loss at the end, without augmentation and dropout.
+    """
+    checks.count("recipe.num_epochs", recipe.num_epochs)
+    checks.count("recipe.batch_size", recipe.batch_size, 1)
+    checks.count("train.num_rows", train.num_rows, recipe.batch_size)
+    checks.between("recipe.warmup", recipe.warmup, 0, 1)
+    if mesh is not None and recipe.batch_size % mesh.size:
+        raise ValueError(f"recipe.batch_size: expected a multiple of {mesh.size} devices, got {recipe.batch_size}.")
+    apply_fn = _in_bfloat16(model.apply) if recipe.bfloat16 else model.apply
+    loss_fn = losses.cross_entropy(apply_fn)
+    num_steps = recipe.num_epochs * (train.num_rows // recipe.batch_size)
+    rising = int(recipe.warmup * num_steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, rising, max(num_steps, rising + 1))
+    sgd = optax.sgd(rate, recipe.momentum, nesterov=True)
+    transform = augment(pad=recipe.pad, flip=recipe.flip)
+
+    def during(key: Key, batch: Data) -> Data:
+        if mesh is not None:
+            rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            batch = jax.lax.with_sharding_constraint(batch, rows)
+        return transform(key, batch)
+
+    init_key, train_key = jax.random.split(key)
+    params = model.init(init_key, train.x[:1])
+    optimizer = optax.chain(optax.add_decayed_weights(recipe.weight_decay), sgd)
+    plan = loop.sgd(
+        loss_fn, optimizer, num_steps, batching=loop.shuffled(recipe.batch_size), during=during if num_steps else None
+    )
+    params = loop.run(plan, train_key, params, train)
+    one = lambda row: loss_fn(params, jax.tree.map(lambda leaf: leaf[None], row))[0]
+    each = jax.lax.map(one, losses.present(train), batch_size=recipe.batch_size)
+    return params, {"loss": losses.weighted_mean(each, train.weight)}
+
+
+def _in_bfloat16(apply_fn: Any) -> Any:
+    """The network computed in bfloat16; the logits come in the parameters' dtype."""
+
+    def apply(params: Params, x: jax.Array, key: Key | None = None) -> jax.Array:
+        half = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+        return apply_fn(half(params), half(x), key).astype(x.dtype)
+
+    return apply
