@@ -1,0 +1,157 @@
+"""What the clean-label benchmarks share: images, pre-trained networks, and victims that retrain a linear head."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mlsec_jax as mj
+from mlsec_jax import bilevel, data, loop, losses, models, parallel, train
+from mlsec_jax.memo import memo
+
+LOSSY = "CIFAR-10 from a copy whose pixels went through JPEG (quality 75, 4:2:0); labels and order are the official ones"
+GROUP_NORM = "slim networks with group norm (the papers': full width, batch norm)"
+
+
+class Images(NamedTuple):
+    """Ten classes of small images, rows in the official order; `notes` say what the data are not."""
+
+    x: np.ndarray
+    y: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    notes: tuple[str, ...]
+
+
+def images() -> Images:
+    """CIFAR-10 where it is prepared, else the 5,000 embedded MNIST digits (3,500 to train, 1,500 to test)."""
+    try:
+        parts = [data.load("cifar10", split=split, index=True) for split in ("train", "test")]
+    except FileNotFoundError:
+        x, y = data.mnist5k()
+        order = np.random.default_rng(0).permutation(len(x))
+        x, y = x[order, :, :, None], y[order]
+        return Images(x[:3500], y[:3500], x[3500:], y[3500:], ("the embedded MNIST digits, not CIFAR-10",))
+    (x, y), (x_test, y_test) = ((x[np.argsort(index)], y[np.argsort(index)]) for x, y, index in parts)
+    return Images(x, y, x_test, y_test, (LOSSY,))
+
+
+def floats(x: np.ndarray) -> jax.Array:
+    """Bytes to [0, 1]."""
+    return jnp.asarray(x.astype(np.float32) / np.float32(255))
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """Images in [0, 1] after a round trip through 8 bits: what a victim gets."""
+    return floats(data.to_bytes(np.asarray(x)))
+
+
+class Net(NamedTuple):
+    """A pre-trained network.
+
+    Attributes:
+      model: what it is.
+      params: what it learned.
+    """
+
+    model: models.Model
+    params: Any
+
+    @property
+    def head(self) -> dict:
+        """The parameters of its last layer, as `LINEAR` takes them."""
+        return {"head": self.params["head"]}
+
+
+ARCHITECTURES: dict[str, Callable[..., models.Model]] = {
+    "convnet": functools.partial(models.convnet, pooled=(0, 1, 3)),
+    "resnet": functools.partial(models.resnet, blocks=(1, 1, 1)),
+    "vgg": models.vgg,
+    "alexnet": models.alexnet,
+}
+
+
+def pretrained(
+    key: jax.Array, name: str, x: np.ndarray, y: np.ndarray, *, num_epochs: int, width: int = 16, **options: Any
+) -> Net:
+    """A network of `ARCHITECTURES`, trained from the key or read from the user's cache; inputs in [0, 1]."""
+    mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+    colour = {"mean": mean, "std": std} if x.shape[-1] == 3 else {}
+    model = ARCHITECTURES[name](width=width, num_classes=10, **colour, **options)
+    recipe = train.Recipe(num_epochs=num_epochs, flip=x.shape[-1] == 3)
+    rows = mj.dataset(floats(x), jnp.asarray(y, jnp.int32))
+    fit = memo(lambda k, rows: train.pretrain(k, model, rows, recipe)[0], name=f"benchmark-{name}{width}")
+    return Net(model, fit(key, rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(fn: Callable, params: Any, x: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda row: fn(params, row[None])[0], x, batch_size=100)
+
+
+def features(net: Net, x: jax.Array) -> jax.Array:
+    """The network's features in evaluation mode, 100 rows at a time: `[n, d]`."""
+    return _outputs(net.model.features, net.params, x)
+
+
+def accuracy(net: Net, x: np.ndarray, y: np.ndarray) -> float:
+    """Of the network as pre-trained."""
+    predicted = np.argmax(np.asarray(_outputs(net.model.apply, net.params, floats(x))), axis=1)
+    return float(np.mean(predicted == y))
+
+
+LINEAR = models.softmax_regression()
+
+
+class HeadRecipe(NamedTuple):
+    """How a victim trains its head on frozen features.
+
+    Attributes:
+      optimizer: any of optax.
+      num_epochs: over the rows.
+      batch_size: rows a step.
+    """
+
+    optimizer: optax.GradientTransformation
+    num_epochs: int
+    batch_size: int
+
+
+def stepped(rate: float, steps_per_epoch: int, epochs: Sequence[int]) -> optax.Schedule:
+    """A learning rate that falls by ten at the given epochs."""
+    return optax.piecewise_constant_schedule(rate, {epoch * steps_per_epoch: 0.1 for epoch in epochs})
+
+
+def linear_victims(
+    keys: jax.Array, clean: mj.Data, poisons: jax.Array, tests: jax.Array, head: Any, recipe: HeadRecipe
+) -> jax.Array:
+    """Logits of victims that retrain a head, a trial each; everything here is features.
+
+    Args:
+      keys: `[trials]`, of the batches.
+      clean: the fine-tuning set, `[n, d]`; its first k rows give way to the poisons.
+      poisons: `[trials, k, d]`.
+      tests: `[trials, m, d]`, what each victim is asked.
+      head: initial parameters of `LINEAR`.
+      recipe: the `HeadRecipe`.
+
+    Returns:
+      `[trials, m, 10]`.
+    """
+    num_steps = recipe.num_epochs * (clean.num_rows // recipe.batch_size)
+    trainer = bilevel.unrolled(
+        losses.cross_entropy(LINEAR.apply), recipe.optimizer, num_steps, batching=loop.shuffled(recipe.batch_size)
+    )
+
+    def one(key: jax.Array, poison: jax.Array, test: jax.Array, clean: mj.Data, head: Any) -> jax.Array:
+        rows = clean._replace(x=clean.x.at[: poison.shape[0]].set(poison))
+        return LINEAR.apply(trainer(key, head, rows)[0], test)
+
+    spread = parallel.spread(one, in_axes=(0, 0, 0, None, None))
+    return jax.jit(spread)(keys, poisons, tests, clean, head)
