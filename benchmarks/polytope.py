@@ -110,7 +110,8 @@ def judge_linear(key: jax.Array, net: shared.Net, given: Problem, poison: jax.Ar
     steps = clean.num_rows // 64
     recipe = shared.HeadRecipe(optax.adam(shared.stepped(0.1, steps, (30, 45))), 60, 64)
     keys = jax.random.split(key, len(targets))
-    logits = shared.linear_victims(keys, clean, poisons, targets[:, None], net.head, recipe)
+    rows = jnp.broadcast_to(jnp.arange(clean.num_rows), (len(targets), clean.num_rows))
+    logits = shared.linear_victims(keys, clean, rows, poisons, targets[:, None], net.head, recipe)
     distance = jnp.linalg.norm(jnp.mean(poisons, axis=1) - targets, axis=1) / jnp.linalg.norm(targets, axis=1)
     return {"label": np.argmax(np.asarray(logits)[:, 0], axis=1), "distance": np.asarray(distance)}
 

@@ -43,6 +43,7 @@ def feature_collision(
     step_size: Any = 1.0,
     shrink: Any = 0.5,
     grow: Any = 1.2,
+    relative: bool = True,
 ) -> Algorithm:
     """Moves each poison onto the target in feature space while it stays near its base in input space.
 
@@ -60,18 +61,19 @@ def feature_collision(
     Args:
       features_fn: `(params, x [n, ...], key=None) ->` a pytree of `[n, ...]`; `models.ensemble` for several networks.
       threat: `perturb_rows`.
-      beta: β; the paper's is `0.25 (2048 / d)²` beside an unscaled first term, d the number of values of an image.
+      beta: β; the paper's is `0.25 (2048 / d)²` with `relative=False`, d the number of values of an image.
       opacity: γ in [0, 1]; 0.3 for victims that train end to end.
       step_size: λ at the start.
       shrink: the factor of a rejected step.
       grow: the factor of an accepted one; 1 for the paper's.
+      relative: False leaves out the division by `‖φ_i(t)‖²`, and `step_size` and `beta` have the paper's units.
 
     Returns:
       An `Algorithm`; info: `outer` (mean over poisons of the best objective so far), `value [k]`, `accepted [k]`,
       `step_size [k]`.
 
-    References: Shafahi et al., NeurIPS 2018, eq. (1), algorithm 1. Deviates from the paper in: the first term is
-    relative to the target's features; the backward step is the proximal map of `β ‖x - b‖²`, where the paper's lacks the
+    References: Shafahi et al., NeurIPS 2018, eq. (1), algorithm 1. Deviates from the paper in: by default the first term
+    is relative to the target's features; the backward step is the proximal map of `β ‖x - b‖²`, where the paper's lacks the
     factor 2; every step is checked, not every fortieth; λ may grow again.
     """
     by = "attacks.feature_collision"
@@ -103,7 +105,8 @@ def feature_collision(
 
         def collision(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             pairs = zip(features(key, params, x), state.aim, strict=True)
-            distance = _craft.mean_of([jnp.sum((leaf - t[None]) ** 2, axis=1) / jnp.sum(t**2) for leaf, t in pairs])
+            squares = [jnp.sum((leaf - t[None]) ** 2, axis=1) / (jnp.sum(t**2) if relative else 1) for leaf, t in pairs]
+            distance = _craft.mean_of(squares)
             return jnp.sum(distance), distance
 
         (_, distance), gradient = jax.value_and_grad(collision, has_aux=True)(state.trial)
