@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from mlsec_jax import models
+from mlsec_jax.models import _depthwise
 from mlsec_jax.models._norm import group_norm
 
 KEY = jax.random.key(0)
@@ -53,7 +54,7 @@ def test_layers_dropout_and_gradients(name):
             np.testing.assert_allclose(hidden @ head["w"] + head["b"][None], out, rtol=1e-10)
         for block in range(num_blocks):
             acts = not np.allclose(layers[block], dropped[block])
-            assert acts or block == 0 and name in ("convnet", "alexnet")  # theirs comes after the first block
+            assert acts or (block == 0 and name in ("convnet", "alexnet"))  # theirs comes after the first block
         assert np.any(dropped[-1] == 0) and not np.any(layers[-1] == 0)
         assert not np.allclose(dropped[-2], other[-2])
 
@@ -111,7 +112,7 @@ def test_group_norm_against_its_definition():
     np.testing.assert_allclose(group_norm(jnp.asarray(x), scale, bias, 9), expected, rtol=1e-4, atol=1e-5)  # gcd 3
 
 
-@pytest.mark.parametrize(("taps", "stride", "shape"), [((3, 3), 1, (5, 6)), ((3, 3), 2, (6, 7)), ((2, 5), 3, (7, 8))])
+@pytest.mark.parametrize(("taps", "stride", "shape"), [((3, 3), 1, (5, 6)), ((3, 3), 2, (6, 7)), ((1, 5), 3, (7, 8))])
 def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shape):
     def reference(x, k):
         return lax.conv_general_dilated(
@@ -123,6 +124,15 @@ def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shap
             feature_group_count=x.shape[3],
         )
 
+    def batches(grad, x, k, own=True):
+        """Gradients of three batches, of images, of kernels and of both; `own`: by `vmap`, not one by one."""
+        xs, ks = jnp.stack([x, 2 * x]), jnp.stack([k, jnp.sin(k)])
+        if own:
+            return [jax.vmap(grad, axes)(*a) for axes, a in (((0, None), (xs, k)), ((None, 0), (x, ks)), (0, (xs, ks)))]
+        stack = lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        pairs = ([(xs[0], k), (xs[1], k)], [(x, ks[0]), (x, ks[1])], [(xs[0], ks[0]), (xs[1], ks[1])])
+        return [stack(*(grad(*pair) for pair in two)) for two in pairs]
+
     def orders(f, x, k):
         grad = jax.grad(lambda x, k: jnp.sum(jnp.sin(f(x, k))), (0, 1))
         return {
@@ -131,9 +141,7 @@ def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shap
             "forward over reverse": jax.jvp(grad, (x, k), (jnp.cos(x), jnp.cos(k)))[1],
             "reverse over reverse": jax.grad(lambda x: sum(jnp.sum(g**3) for g in grad(x, k)))(x),
             "in a loop": lax.scan(lambda k, _: (k - 0.1 * grad(x, k)[1], None), k, length=2)[0],
-            "batches": jnp.stack([f(x * t, k * t) for t in (1, 2)])
-            if f is reference
-            else jax.vmap(f)(jnp.stack([x, 2 * x]), jnp.stack([k, 2 * k])),
+            "batches": batches(grad, x, k, own=f is not reference),
         }
 
     with jax.enable_x64(True):
@@ -144,6 +152,20 @@ def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shap
     for order in expected:
         for a, b in zip(jax.tree.leaves(found[order]), jax.tree.leaves(expected[order]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10, err_msg=order)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_depthwise_lowers_for_accelerators_to_the_same_values(platform):
+    x, k = jnp.ones((2, 5, 6, 3)), jnp.ones((3, 3, 3))
+    grad = jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(models.depthwise(x, k))), (0, 1)))
+    text = jax.export.export(grad, platforms=[platform])(x, k).mlir_module()
+    assert "feature_group_count = 3" in text and "while" not in text
+    generator = np.random.default_rng(0)
+    x, y, k = (jnp.asarray(generator.normal(size=s).astype(np.float32)) for s in (x.shape, x.shape, k.shape))
+    np.testing.assert_allclose(_depthwise._run_depthwise(x, k), models.depthwise(x, k), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        _depthwise._run_correlate(x, y, taps=(3, 3)), _depthwise._run_correlate_cpu(x, y, taps=(3, 3)), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,6 +183,7 @@ def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shap
         (lambda: models.depthwise(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 3))), "with the same c"),
         (lambda: models.depthwise(jnp.ones((1, 4, 4, 2), int), jnp.ones((3, 3, 2))), "floating dtype"),
         (lambda: models.depthwise(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2)), stride=0), "stride: expected"),
+        (lambda: models.depthwise(jnp.ones((1, 4, 4, 2)), jnp.ones((2, 3, 2))), "odd sides"),
     ],
 )
 def test_wrong_arguments_are_named(act, message):
