@@ -11,6 +11,7 @@ from mlsec_jax.models import _depthwise
 from mlsec_jax.models._norm import group_norm
 
 KEY = jax.random.key(0)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # each compiled once, run a few times
 MAKE = {
     "resnet": lambda **o: models.resnet(width=4, blocks=(1, 1), **o),
     "vgg": lambda **o: models.vgg(width=2, **o),
@@ -36,17 +37,25 @@ def count(model, shape=(32, 32, 3)):
 
 @every_net
 def test_layers_dropout_and_gradients(name):
-    """Layers end in the features, each dropout acts under a key and nowhere else, gradients are right."""
+    """Layers end in the features, each dropout acts under a key and nowhere else, gradients are right: one program."""
     side, num_features, num_blocks = EXPECTED[name]
+    make = lambda **rates: MAKE[name](num_classes=3, groups=2, activation_fn=jnp.tanh, **rates)
+
+    def loss(z, rates, key):
+        model = make(**rates)
+        layers = model.layers(*z, key)
+        return jnp.sum(jnp.sin(jnp.arange(1.0, 7.0).reshape(2, 3) * model.apply(*z, key))), (layers, model.apply(*z, key))
+
     with jax.enable_x64(True):
-        model = MAKE[name](num_classes=3, groups=2, activation_fn=jnp.tanh, block_dropout=0.25, dropout=0.5)
         generator = np.random.default_rng(1)
         x = jnp.asarray(generator.uniform(size=(2, side, side, 3)))
-        shapes = jax.eval_shape(model.init, KEY, x)
+        shapes = jax.eval_shape(make().init, KEY, x)
         params = jax.tree.map(lambda a: jnp.asarray(generator.normal(0.3, 0.3, size=a.shape)), shapes)
-        both = jax.jit(lambda params, x, key=None: (model.layers(params, x, key), model.apply(params, x, key)))
-        (layers, logits), (dropped, noisy) = both(params, x), both(params, x, KEY)
-        other, _ = both(params, x, jax.random.key(1))
+        z, program = (params, x), jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        run = lambda block, last, z=z, key=KEY: program(z, {"block_dropout": block, "dropout": last}, key)
+        (_, (layers, logits)), grad = run(0.0, 0.0)
+        _, (dropped, noisy) = run(0.25, 0.5)[0]
+        _, (other, _) = run(0.25, 0.5, key=jax.random.key(1))[0]
         assert len(layers) == num_blocks + 1 and layers[-1].shape == (2, num_features)
         assert all(layer.shape[0] == 2 and layer.ndim == 4 for layer in layers[:-1])
         head = params["head"]
@@ -58,14 +67,13 @@ def test_layers_dropout_and_gradients(name):
         assert np.any(dropped[-1] == 0) and not np.any(layers[-1] == 0)
         assert not np.allclose(dropped[-2], other[-2])
 
-        weights = jnp.arange(1.0, 7.0).reshape(2, 3)
-        value_and_grad = jax.jit(jax.value_and_grad(lambda z: jnp.sum(jnp.sin(weights * model.apply(*z)))))
-        z = (params, x)
         u = jax.tree.map(lambda a: jnp.asarray(generator.normal(size=a.shape)), z)
-        moved = [value_and_grad(jax.tree.map(lambda a, b, t=t: a + t * b, z, u))[0] for t in (-1e-6, 1e-6)]
-        grad = value_and_grad(z)[1]
+        low, high = (run(0.0, 0.0, jax.tree.map(lambda a, b, t=t: a + t * b, z, u))[0][0] for t in (-1e-6, 1e-6))
         slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(u), strict=True))
-        np.testing.assert_allclose(slope, (moved[1] - moved[0]) / 2e-6, rtol=1e-5)
+        np.testing.assert_allclose(slope, (high - low) / 2e-6, rtol=1e-5)
+        # Evaluation, without a key, is the program without any dropout.
+        both = make(block_dropout=0.25, dropout=0.5)
+        assert str(jax.make_jaxpr(both.apply)(params, x)) == str(jax.make_jaxpr(make().apply)(params, x))
 
 
 def test_parameter_counts_are_those_of_the_published_networks():
