@@ -152,7 +152,7 @@ class Store:
 
 def save_leaves(folder: Path, leaves: Sequence[jax.Array]) -> None:
     """Writes arrays as one folder, which appears whole or not at all; one that is there already stays."""
-    filled = {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
+    filled: dict[str, Any] = {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
     half = folder.with_name(f".{folder.name}.{os.getpid()}")
     with ocp.StandardCheckpointer() as writer:
         writer.save(half, filled or {"nothing": np.zeros(1)}, force=True)
