@@ -49,16 +49,16 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(250, 3, 4, 0, 60, (("convnet", 0),), (("convnet", 1),), (("alexnet", 0),)),
+    "small": Size(250, 3, 4, 0, 60, (("convnet", 0),), (("convnet", 1),), (("vgg", 0),)),
     "full": Size(
         4000,
         6,
         50,
         20,
         400,
-        (("convnet", 0), ("convnet", 1), ("resnet", 0)),
-        (("convnet", 2), ("resnet", 1)),
-        (("vgg", 0), ("alexnet", 0)),
+        (("convnet", 0), ("convnet", 1), ("alexnet", 0)),
+        (("convnet", 2), ("alexnet", 1)),
+        (("vgg", 0),),
     ),
     "paper": Size(
         4000,
@@ -66,9 +66,9 @@ SIZES = {
         50,
         50,
         1500,
-        (("convnet", 0), ("convnet", 1), ("resnet", 0), ("resnet", 2), ("vgg", 1)),
-        (("convnet", 2), ("resnet", 1), ("vgg", 0)),
-        (("alexnet", 0),),
+        (("convnet", 0), ("convnet", 1), ("alexnet", 0), ("resnet", 0), ("resnet", 1)),
+        (("convnet", 2), ("alexnet", 1), ("resnet", 2)),
+        (("vgg", 0),),
     ),
 }
 
