@@ -107,7 +107,8 @@ def peer(
             elif process.returncode:
                 raise RuntimeError(f"{script.name} ended with status {process.returncode}.")
         found = dict(np.load(target))
-    np.savez(kept, **found)
+    if found["finished"]:
+        np.savez(kept, **found)
     return found
 
 

@@ -8,11 +8,13 @@ import pytest
 from benchmarks.speed import secml
 
 FAKE = """
+import json
 import sys
 import numpy as np
 given = dict(np.load(sys.argv[2]))
 assert sorted(given) == ["C", "x_start", "x_train", "x_val", "y_start", "y_train", "y_val"], sorted(given)
-np.savez(sys.argv[3], seconds=[0.0, 1.0], poisons=[given["x_start"], given["x_start"] / 2], finished=True)
+np.savez(sys.argv[3], seconds=[0.0, 1.0], poisons=[given["x_start"], given["x_start"] / 2],
+         finished=json.loads(sys.argv[4])["finished"])
 """
 
 
@@ -42,15 +44,17 @@ def test_the_peer_is_given_no_test_row_and_its_answer_is_kept(arrays, tmp_path):
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path / "fake.py"} "$@"\n')
     python.chmod(0o755)
     call = lambda setting, given: secml.peer(tmp_path, given, setting, 1, 60, tmp_path)
-    first = call({"a": 1}, arrays)
+    assert not call({"finished": False}, arrays)["finished"]
+    assert not list(tmp_path.glob("*.npz"))  # a run that was cut off is made again
+    first = call({"finished": True}, arrays)
     assert first["finished"] and np.array_equal(first["poisons"][1], arrays["x_start"] / 2)
     python.unlink()
-    again = call({"a": 1}, {**arrays, "x_test": arrays["x_test"][:10], "y_test": arrays["y_test"][:10]})
+    again = call({"finished": True}, {**arrays, "x_test": arrays["x_test"][:10], "y_test": arrays["y_test"][:10]})
     assert all(np.array_equal(first[name], again[name]) for name in first)
     with pytest.raises(FileNotFoundError):  # another setting, or other rows, are another run
-        call({"a": 2}, arrays)
+        call({"finished": True, "other": 1}, arrays)
     with pytest.raises(FileNotFoundError):
-        call({"a": 1}, {**arrays, "x_val": arrays["x_val"] / 2})
+        call({"finished": True}, {**arrays, "x_val": arrays["x_val"] / 2})
 
 
 def test_mistakes_are_those_of_the_victim_trained_with_the_poisons(arrays):
