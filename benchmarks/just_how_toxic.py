@@ -50,7 +50,7 @@ class Size(NamedTuple):
     num_epochs: int
 
 
-SIZES = {"small": Size(3, 30, 200, 2), "full": Size(40, 400, 4000, 6), "paper": Size(100, 1200, 4000, 30)}
+SIZES = {"small": Size(3, 30, 200, 2), "full": Size(30, 400, 4000, 6), "paper": Size(100, 1200, 4000, 30)}
 
 
 def attack(name: str, num_poisons: int) -> Callable[[Any], mj.Algorithm]:
