@@ -108,7 +108,7 @@ def pretrained(
     recipe = train.Recipe(num_epochs=num_epochs, flip=x.shape[-1] == 3)
     rows = mj.dataset(floats(x), jnp.asarray(y, jnp.int32))
     fit = memo(lambda k, rows: train.pretrain(k, model, rows, recipe)[0], name=f"benchmark-{name}{width}")
-    return Net(model, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), fit(key, rows)))  # on no device yet
+    return Net(model, fit(key, rows))
 
 
 @functools.partial(jax.jit, static_argnums=0)
