@@ -66,7 +66,7 @@ def program(spec: dict[str, Any], features_fn: Callable) -> Callable:
 
         def passes(params: Any, subject: mj.Data, goal: mj.Data, key: jax.Array) -> jax.Array:
             del goal, key
-            slope = jax.grad(lambda x: jnp.sum(features_fn(params, x)))
+            slope = jax.grad(lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(features_fn(params, x))))
             body = lambda x, _: (x - 1e-6 * slope(x), None)
             return jax.lax.scan(body, subject.x[:k], None, length=spec["num_steps"])[0]
 
@@ -106,13 +106,14 @@ def call(spec: dict[str, Any]) -> Callable[[], np.ndarray]:
     np.save(Path(spec["out"]).with_suffix(".features.npy"), features)
     np.save(Path(spec["out"]).with_suffix(".slopes.npy"), slopes)
     goals = mj.dataset(targets[:, None], jnp.zeros((len(targets), 1), jnp.int32))._replace(weight=jnp.ones((len(targets), 1)))
+    layers = lambda params, x, key=None: model.layers(params, x, key)[-spec["layers"] :]
     keys = jax.random.split(jax.random.key(0), len(targets))
     if len(targets) == 1 and spec["devices"] > 1:  # the rows of the one batch are spread; else the targets are
-        row = lambda params, x: model.features(params, x[None])[0]
+        row = lambda params, x: jax.tree.map(lambda leaf: leaf[0], layers(params, x[None]))
         over_rows = parallel.spread(row, inner="vmap", in_axes=(None, 0))
         craft = program(spec, lambda params, x, key=None: over_rows(params, x))
     else:
-        craft = program(spec, model.features)
+        craft = program(spec, layers)
     if len(targets) == 1:
         first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
         run, operands = craft, (params, subject, first(goals), keys[0])

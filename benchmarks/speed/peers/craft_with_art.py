@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # ART's progress bars; read when torch imports tqdm
@@ -25,27 +26,33 @@ from art.estimators.classification import PyTorchClassifier
 from benchmarks import _served
 
 
-class Body(nn.Module):
-    """The network up to its features, as a module; counts its forward passes."""
+class Part(nn.Module):
+    """A part of the network as a module that ART can look into; counts its forward passes."""
 
-    def __init__(self, params: dict[str, torch.Tensor]):
+    def __init__(self, fn: Callable, params: dict[str, torch.Tensor], name: str):
         super().__init__()
-        self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in params.items()})
-        self.passes = 0
+        own = {key: nn.Parameter(leaf) for key, leaf in params.items() if key.startswith(f"{name}/")}
+        self.fn, self.leaves, self.passes = fn, nn.ParameterDict(own), 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.passes += 1
-        return bare.features(dict(self.leaves.items()), x)
+        return self.fn(dict(self.leaves.items()), x)
+
+
+def network(params: dict[str, torch.Tensor]) -> nn.Sequential:
+    """The stem, the blocks, the features and a head, each a child with its name."""
+    parts = {name: Part(lambda own, x, name=name: bare.block(own, name, x), params, name) for name in bare.blocks(params)}
+    parts = {"stem": Part(bare.stem, params, "stem"), **parts, "features": Part(lambda own, x: bare.pool(x), {}, "")}
+    return nn.Sequential(OrderedDict(**parts, head=nn.LazyLinear(10)))
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
     params, base, target = bare.begin(spec)
-    body = Body(params)
-    with torch.no_grad():
-        width = body(base).shape[1]
-    net = nn.Sequential(OrderedDict(features=body, head=nn.Linear(width, 10)))
-    net.requires_grad_(not spec.get("frozen", False))
+    net = network(params)
+    net(base)  # the head learns its width
+    net.requires_grad_(not spec["frozen"])
+    chosen = [*bare.blocks(params), "features"][-spec["layers"] :]
     classifier = PyTorchClassifier(
         net, nn.CrossEntropyLoss(), tuple(base.shape[1:]), 10, clip_values=(0.0, 1.0), device_type="cpu"
     )
@@ -55,7 +62,7 @@ def main() -> None:
     def craft() -> np.ndarray:
         if spec["attack"] == "bullseye":
             attack = BullseyePolytopeAttackPyTorch(
-                classifier, goal, ["features"], max_iter=num_steps, learning_rate=spec["learning_rate"],
+                classifier, goal, chosen, max_iter=num_steps, learning_rate=spec["learning_rate"],
                 epsilon=spec["radius"], verbose=False,
             )
             return attack.poison(x, labels)[0]
@@ -64,9 +71,9 @@ def main() -> None:
         )
         return attack.poison(x.copy())[0]
 
-    before = body.passes
+    before = net.stem.passes
     craft()
-    passes, least = body.passes - before, num_steps * (1 if spec["attack"] == "bullseye" else 3)
+    passes, least = net.stem.passes - before, num_steps * (len(chosen) if spec["attack"] == "bullseye" else 3)
     if passes < least:
         raise RuntimeError(f"expected at least {least} forward passes, counted {passes}: ART stopped early.")
     _served.serve(craft, Path(spec["out"]), passes=passes)

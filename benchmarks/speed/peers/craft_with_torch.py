@@ -34,15 +34,34 @@ def conv_norm(params: dict[str, torch.Tensor], name: str, x: torch.Tensor, strid
     return F.group_norm(x, GROUPS, params[f"{name}/scale"], params[f"{name}/b"])
 
 
-def features(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`[n, c, h, w] -> [n, d]`: the residual network that the names of the parameters describe."""
-    x = F.relu(conv_norm(params, "stem", x))
-    for block in dict.fromkeys(name.partition("/")[0] for name in params if name.startswith("stage")):
-        stride = 2 if f"{block}/shortcut/w" in params else 1
-        inner = F.relu(conv_norm(params, f"{block}/conv0", x, stride))
-        inner = conv_norm(params, f"{block}/conv1", inner)
-        x = F.relu(inner + (conv_norm(params, f"{block}/shortcut", x, stride) if stride == 2 else x))
+def stem(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return F.relu(conv_norm(params, "stem", x))
+
+
+def block(params: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    """One residual block; one with a shortcut of its own halves the sides."""
+    stride = 2 if f"{name}/shortcut/w" in params else 1
+    inner = F.relu(conv_norm(params, f"{name}/conv0", x, stride))
+    inner = conv_norm(params, f"{name}/conv1", inner)
+    return F.relu(inner + (conv_norm(params, f"{name}/shortcut", x, stride) if stride == 2 else x))
+
+
+def blocks(params: dict[str, torch.Tensor]) -> list[str]:
+    """The names of the blocks, in order."""
+    return list(dict.fromkeys(name.partition("/")[0] for name in params if name.startswith("stage")))
+
+
+def pool(x: torch.Tensor) -> torch.Tensor:
     return x.mean((2, 3))
+
+
+def layers(params: dict[str, torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+    """What every block gives, and last the features `[n, d]`."""
+    x, outs = stem(params, x), []
+    for name in blocks(params):
+        x = block(params, name, x)
+        outs.append(x)
+    return [*outs, pool(x)]
 
 
 def images(array: np.ndarray) -> torch.Tensor:
@@ -62,16 +81,17 @@ def load(path: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor
     return params, images(arrays["base"]), images(arrays["target"])
 
 
-def bullseye(features_fn: Callable, base: torch.Tensor, target: torch.Tensor, spec: dict) -> torch.Tensor:
-    """Adam on the relative distance of the mean feature; projected on the box and the ball."""
+def bullseye(layers_fn: Callable, base: torch.Tensor, target: torch.Tensor, spec: dict) -> torch.Tensor:
+    """Adam on the relative distance of the mean feature, on average over the layers; projected on the box and the ball."""
     with torch.no_grad():
-        aim = features_fn(target)[0]
+        aims = [layer[0] for layer in layers_fn(target)]
     low, high = (base - spec["radius"]).clamp(min=0), (base + spec["radius"]).clamp(max=1)
     poison = base.clone().requires_grad_()
     optimizer = torch.optim.Adam([poison], lr=spec["learning_rate"])
     for _ in range(spec["num_steps"]):
         optimizer.zero_grad()
-        loss = (aim - features_fn(poison).mean(0)).norm() / aim.norm()
+        pairs = zip(aims, layers_fn(poison))
+        loss = sum((aim - layer.mean(0)).norm() / aim.norm() for aim, layer in pairs) / len(aims)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
@@ -79,14 +99,14 @@ def bullseye(features_fn: Callable, base: torch.Tensor, target: torch.Tensor, sp
     return poison.detach()
 
 
-def collision(features_fn: Callable, base: torch.Tensor, target: torch.Tensor, spec: dict) -> torch.Tensor:
+def collision(layers_fn: Callable, base: torch.Tensor, target: torch.Tensor, spec: dict) -> torch.Tensor:
     """Steps of constant size on each poison's relative squared distance; projected on the box and the ball."""
     with torch.no_grad():
-        aim = features_fn(target)
+        aim = layers_fn(target)[-1]
     low, high = (base - spec["radius"]).clamp(min=0), (base + spec["radius"]).clamp(max=1)
     poison, size = base.clone().requires_grad_(), (aim**2).sum()
     for _ in range(spec["num_steps"]):
-        loss = ((features_fn(poison) - aim) ** 2).sum() / size
+        loss = ((layers_fn(poison)[-1] - aim) ** 2).sum() / size
         (slope,) = torch.autograd.grad(loss, poison)
         with torch.no_grad():
             poison.sub_(slope).clamp_(low, high)
@@ -99,7 +119,7 @@ def begin(spec: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tens
     params, base, target = load(spec["problem"])
     base, target = base[: spec["poisons"]], target[:1]
     start = base.clone().requires_grad_()
-    found = features(params, start)
+    found = layers(params, start)[-1]
     ((found**2).sum() / 2).backward()
     np.save(Path(spec["out"]).with_suffix(".features.npy"), found.detach().numpy())
     np.save(Path(spec["out"]).with_suffix(".slopes.npy"), start.grad.permute(0, 2, 3, 1).numpy())
@@ -110,7 +130,7 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     params, base, target = begin(spec)
     attack = {"bullseye": bullseye, "collision": collision}[spec["attack"]]
-    craft = lambda: attack(lambda x: features(params, x), base, target, spec)
+    craft = lambda: attack(lambda x: layers(params, x)[-spec["layers"] :], base, target, spec)
     _served.serve(lambda: craft().permute(0, 2, 3, 1).contiguous().numpy(), Path(spec["out"]))
 
 
