@@ -2,19 +2,19 @@
 
     MLSEC_JAX_PEERS_PYTHON=peers/bin/python MLSEC_JAX_ART_PYTHON=art/bin/python python -m benchmarks.speed.crafting --out OUT
 
-Everyone gets the same weights (random, group norm), images, radius, optimiser and number of iterations; their features
-of the starting points must agree to 1e-4, and a gradient there to 1e-3 (from there Adam, whose steps have the size of the
-sign where gradients are small, leads different roundings apart). Each contestant is a process of its own, and they take turns, so that a change of load hits all alike; a ratio
-is the median over the turns of the quotient within a turn. A turn is one call: the target's features, then the
-iterations. Compilation is not in it.
+Everyone gets the same weights (random, group norm), images, radius, optimiser and number of iterations. The features of
+the starting points must agree to 1e-4 and a gradient there to 1e-3; from there Adam, whose first steps are signs, leads
+different roundings apart. Each contestant is a process of its own, and they take turns, so that a change of load hits
+all alike; a ratio is the median over the turns of the quotient within a turn. A turn is one call: the target's
+features, then the iterations. Compilation is not in it.
 
 `--cores one` pins every process to the same core and compares processor seconds: the steadier on a shared machine.
 `--cores all` compares elapsed seconds with a thread a core; there `ours` is the better of two programs, one device with
 all threads and, `spread`, one device a core with the poisons over both. `pass` is one forward pass and the gradient of
 the inputs, in a loop as ours is. `targets_4`, `targets_16`: Bullseye Polytope for so many targets as one program.
-`layers_9`: aimed at in every block and the features (for victims that train end to end).
-`art` is ART as it comes, `art_frozen` with parameters that ask for no gradients. Peers without an interpreter are left out:
-`pip install torch==2.13.0` for the first, `pip install torch adversarial-robustness-toolbox==1.20.1` for the other.
+`layers_9`: aimed at in every block and the features, for victims that train end to end; ART passes forward once a layer.
+`art` is ART as it comes, `art_frozen` with parameters that ask for no gradients. Peers without an interpreter are left
+out: `pip install torch==2.13.0` in one environment; in another `adversarial-robustness-toolbox==1.20.1 packaging` too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,18 +161,11 @@ def agreement(setting: Setting, spec: dict[str, Any], names: list[str]) -> dict[
 
 def gates(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """What was promised, wherever it was measured."""
-    held = {}
-    limits: dict[str, Callable[[str], float]] = {
-        "over_torch": lambda name: 1.0 if "_w16" in name else 1.3,
-        "over_art": lambda name: 1 / 4,
-        "over_pass": lambda name: 1.3,
-        "targets_4_over_one": lambda name: 1.1,  # the clock's own spread
-        "targets_16_over_one": lambda name: 1.1,
-    }
+    held: dict[str, bool] = {}
     for name, figures in found.items():
-        for figure, limit in limits.items():
-            if figure in figures:
-                held[f"{name}.{figure}"] = figures[figure] <= limit(name)
+        limits = {"over_torch": 1.0 if "_w16" in name else 1.3, "over_art": 1 / 4, "over_pass": 1.3}
+        limits |= {"targets_4_over_one": 1.1, "targets_16_over_one": 1.1}  # the clock's own spread
+        held |= {f"{name}.{figure}": figures[figure] <= limits[figure] for figure in limits if figure in figures}
     return held
 
 

@@ -18,10 +18,9 @@ os.environ["TQDM_DISABLE"] = "1"  # ART's progress bars; read when torch imports
 import craft_with_torch as bare  # beside this file
 import numpy as np
 import torch
-from torch import nn
-
 from art.attacks.poisoning import BullseyePolytopeAttackPyTorch, FeatureCollisionAttack
 from art.estimators.classification import PyTorchClassifier
+from torch import nn
 
 from benchmarks import _served
 
