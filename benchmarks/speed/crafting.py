@@ -129,15 +129,16 @@ def measure(setting: Setting, arrays: dict[str, np.ndarray], path: Path, cores: 
     finally:
         for process in processes.values():
             process.close()
-    seconds = {who: np.array(values) for who, values in times.items()}
     figures = agreement(setting, spec, [who for who in processes if who != "matmul"])
-    for who, values in seconds.items():
+    seconds = {}
+    for who, values in times.items():
         per = 1 if who == "matmul" else setting.num_steps * int(who.partition("_")[2] if "targets" in who else 1)
-        seconds[who] = values / per
+        seconds[who] = np.array(values) / per
         figures[f"{what}_{who}"] = float(np.median(seconds[who]))
     best = min((who for who in ("ours", "spread") if who in seconds), key=lambda who: np.median(seconds[who]))
     quotient = lambda a, b: float(np.median(seconds[a] / seconds[b]))
-    figures |= {f"over_{who}": quotient(best, who) for who in ("torch", "art", "art_frozen", "pass") if who in seconds}
+    figures |= {f"over_{who}": quotient(best, who) for who in PEERS if who in seconds}
+    figures |= {"over_pass": quotient("ours", "pass")} if "pass" in seconds else {}  # both on one device
     figures |= {f"{who}_over_one": quotient(who, best) for who in seconds if "targets" in who}
     rate = setting.poisons * flops(arrays) / seconds[best]
     figures["gflops"] = float(np.median(rate)) / 1e9
