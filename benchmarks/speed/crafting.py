@@ -100,9 +100,8 @@ def contestants(setting: Setting, spec: dict[str, Any], cores: str) -> dict[str,
     if cores == "all" and setting.poisons > 1:
         specs["spread"] = spec | {"devices": 2}
     for who in setting.others:
-        word, _, number = who.partition("_")
-        if word == "targets":
-            specs[who] = spec | {"targets": int(number), "devices": 2 if cores == "all" else 1}
+        if who.startswith("targets"):
+            specs[who] = spec | {"targets": int(who.removeprefix("targets_")), "devices": 2 if cores == "all" else 1}
         else:
             specs[who] = spec | ({"attack": "pass"} if who == "pass" else {})
     found = {who: command(who, each | {"out": f"{spec['out']}-{who}.npy"}) for who, each in specs.items()}
