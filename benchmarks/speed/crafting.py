@@ -60,8 +60,8 @@ def settings(scale: float) -> list[Setting]:
         Setting("bullseye", 5, 16, 20, ("pass", *art), layers=9),
         Setting("bullseye", 20, 16, 12, ("pass",)),
         Setting("collision", 1, 16, 100, art),
-        Setting("bullseye", 5, 64, 6, ("pass", *art)),
-        Setting("bullseye", 20, 64, 2, ("pass",)),
+        Setting("bullseye", 5, 64, 12, ("pass", *art)),
+        Setting("bullseye", 20, 64, 4, ("pass",)),
         Setting("collision", 1, 64, 20, art),
     ]
     return [setting._replace(num_steps=max(1, round(scale * setting.num_steps))) for setting in plan]
