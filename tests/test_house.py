@@ -16,7 +16,7 @@ SHARED = {  # what several files of one room share; a method never imports a sib
     "bilevel": {"_kernels", "_unrolled", "_reversible", "_fixed_point", "_jaxopt"},
     "data": {"_cache"},
     "measure": {"_interval"},
-    "models": {"_model", "_conv", "_depthwise", "_pool", "_norm", "_dense"},
+    "models": {"_model", "_conv", "_conv_kernels", "_depthwise", "_pool", "_norm", "_dense"},
     "train": {"_augment"},
 }
 ONLY_IN = {"flax": "models", "haiku": "models", "equinox": "models", "jaxopt": "bilevel"}
