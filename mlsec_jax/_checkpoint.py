@@ -1,4 +1,6 @@
-"""The checkpoint folder of `drive`: `state/` is orbax's, `infos/` holds one file for each saved stretch of steps.
+"""What is written through orbax: the checkpoints of `drive`, and the results that `memo` keeps.
+
+In the checkpoint folder of `drive`, `state/` is orbax's, `infos/` holds one file for each saved stretch of steps.
 
 A checkpoint is committed by orbax, which never lets a half-written one be found, after the infos that lead to it are
 in place; infos are replaced as whole files. So whenever the process dies, the newest checkpoint and the chain of
@@ -8,13 +10,16 @@ infos from step 0 up to it are complete. Each stretch is written once: the time 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -143,3 +148,32 @@ class Store:
     def close(self) -> None:
         """Lets go of orbax's threads."""
         self._manager.close()
+
+
+def save_leaves(folder: Path, leaves: Sequence[jax.Array]) -> None:
+    """Writes arrays as one folder, which appears whole or not at all; one that is there already stays."""
+    filled = {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
+    half = folder.with_name(f".{folder.name}.{os.getpid()}")
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(half, filled or {"nothing": np.zeros(1)}, force=True)
+    try:
+        os.rename(half, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(half)  # another process was faster
+
+
+def load_leaves(folder: Path, like: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """The arrays of `save_leaves`, on the default device."""
+    home = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    there = {
+        str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+        for i, leaf in enumerate(like)
+        if math.prod(leaf.shape)
+    }
+    filled: dict[str, jax.Array] = {}
+    if there:
+        with ocp.StandardCheckpointer() as reader:
+            filled = reader.restore(folder, there)
+    return [filled[str(i)] if str(i) in filled else jnp.zeros(leaf.shape, leaf.dtype) for i, leaf in enumerate(like)]
