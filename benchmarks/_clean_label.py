@@ -1,9 +1,9 @@
-"""What the clean-label benchmarks share: images, pre-trained networks, and victims that retrain a linear head."""
+"""What the clean-label benchmarks share: images, pre-trained networks, linear victims, and trials that survive a stop."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import mlsec_jax as mj
-from mlsec_jax import bilevel, data, loop, losses, models, parallel, train
+from mlsec_jax import bilevel, data, loop, losses, measure, models, parallel, train
 from mlsec_jax.memo import memo
 
 LOSSY = "CIFAR-10 from a copy whose pixels went through JPEG (quality 75, 4:2:0); labels and order are the official ones"
@@ -29,11 +29,13 @@ class Images(NamedTuple):
     notes: tuple[str, ...]
 
 
-def images() -> Images:
-    """CIFAR-10 where it is prepared, else the 5,000 embedded MNIST digits (3,500 to train, 1,500 to test)."""
+def images(embedded: bool = False) -> Images:
+    """CIFAR-10 where it is prepared, else (or if asked) the 5,000 embedded MNIST digits: 3,500 to train, 1,500 to test."""
     try:
-        parts = [data.load("cifar10", split=split, index=True) for split in ("train", "test")]
+        parts = None if embedded else [data.load("cifar10", split=split, index=True) for split in ("train", "test")]
     except FileNotFoundError:
+        parts = None
+    if parts is None:
         x, y = data.mnist5k()
         order = np.random.default_rng(0).permutation(len(x))
         x, y = x[order, :, :, None], y[order]
@@ -50,6 +52,11 @@ def floats(x: np.ndarray) -> jax.Array:
 def rounded(x: jax.Array) -> jax.Array:
     """Images in [0, 1] after a round trip through 8 bits: what a victim gets."""
     return floats(data.to_bytes(np.asarray(x)))
+
+
+def eight_bits(x: jax.Array) -> jax.Array:
+    """`rounded`, within a compiled program."""
+    return jnp.round(255 * x) / 255
 
 
 class Net(NamedTuple):
@@ -77,13 +84,18 @@ ARCHITECTURES: dict[str, Callable[..., models.Model]] = {
 }
 
 
+def network(name: str, channels: int, *, width: int = 16, **options: Any) -> models.Model:
+    """A network of `ARCHITECTURES` for ten classes of images in [0, 1]."""
+    mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+    colour = {"mean": mean, "std": std} if channels == 3 else {}
+    return ARCHITECTURES[name](width=width, num_classes=10, **colour, **options)
+
+
 def pretrained(
     key: jax.Array, name: str, x: np.ndarray, y: np.ndarray, *, num_epochs: int, width: int = 16, **options: Any
 ) -> Net:
     """A network of `ARCHITECTURES`, trained from the key or read from the user's cache; inputs in [0, 1]."""
-    mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
-    colour = {"mean": mean, "std": std} if x.shape[-1] == 3 else {}
-    model = ARCHITECTURES[name](width=width, num_classes=10, **colour, **options)
+    model = network(name, x.shape[-1], width=width, **options)
     recipe = train.Recipe(num_epochs=num_epochs, flip=x.shape[-1] == 3)
     rows = mj.dataset(floats(x), jnp.asarray(y, jnp.int32))
     fit = memo(lambda k, rows: train.pretrain(k, model, rows, recipe)[0], name=f"benchmark-{name}{width}")
@@ -110,7 +122,7 @@ LINEAR = models.softmax_regression()
 
 
 class HeadRecipe(NamedTuple):
-    """How a victim trains its head on frozen features.
+    """How a victim trains its head on frozen features, or all of its parameters.
 
     Attributes:
       optimizer: any of optax.
@@ -126,6 +138,13 @@ class HeadRecipe(NamedTuple):
 def stepped(rate: float, steps_per_epoch: int, epochs: Sequence[int]) -> optax.Schedule:
     """A learning rate that falls by ten at the given epochs."""
     return optax.piecewise_constant_schedule(rate, {epoch * steps_per_epoch: 0.1 for epoch in epochs})
+
+
+def fine_tuning(apply_fn: Callable, recipe: HeadRecipe, num_rows: int) -> mj.base.Trainer:
+    """The victim's training, in evaluation mode."""
+    num_steps = recipe.num_epochs * (num_rows // recipe.batch_size)
+    loss_fn = losses.cross_entropy(lambda params, x, key=None: apply_fn(params, x))
+    return bilevel.unrolled(loss_fn, recipe.optimizer, num_steps, batching=loop.shuffled(recipe.batch_size))
 
 
 def linear_victims(
@@ -144,10 +163,7 @@ def linear_victims(
     Returns:
       `[trials, m, 10]`.
     """
-    num_steps = recipe.num_epochs * (clean.num_rows // recipe.batch_size)
-    trainer = bilevel.unrolled(
-        losses.cross_entropy(LINEAR.apply), recipe.optimizer, num_steps, batching=loop.shuffled(recipe.batch_size)
-    )
+    trainer = fine_tuning(LINEAR.apply, recipe, clean.num_rows)
 
     def one(key: jax.Array, poison: jax.Array, test: jax.Array, clean: mj.Data, head: Any) -> jax.Array:
         rows = clean._replace(x=clean.x.at[: poison.shape[0]].set(poison))
@@ -155,3 +171,32 @@ def linear_victims(
 
     spread = parallel.spread(one, in_axes=(0, 0, 0, None, None))
     return jax.jit(spread)(keys, poisons, tests, clean, head)
+
+
+def trials(context: Any, item: str, fn: Callable, each: tuple, shared: tuple = ()) -> dict[str, np.ndarray]:
+    """One program for all trials, a few at a time over the devices; what is finished survives an interruption.
+
+    Args:
+      context: the benchmark's.
+      item: a name for `context.once`.
+      fn: `(*row of each, *shared) -> dict` of arrays.
+      each: pytrees with a leading `[trials]`.
+      shared: pytrees that every trial gets whole.
+
+    Returns:
+      The dict of arrays `[trials, ...]`.
+    """
+    num = len(jax.tree.leaves(each)[0])
+    together = jax.device_count() * (1 if jax.default_backend() == "cpu" else 16)
+    program = jax.jit(parallel.spread(fn, in_axes=(0,) * len(each) + (None,) * len(shared)))
+    found = []
+    for start in context.progress(range(0, num, together), item):
+        rows = jax.tree.map(lambda leaf, start=start: leaf[start : start + together], each)
+        found.append(context.once(f"{item}-{start}", lambda rows=rows: program(*rows, *shared)))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def share(name: str, hits: np.ndarray) -> Mapping[str, float]:
+    """The share of hits, and the ends of Wilson's 95 % interval, as three figures."""
+    low, high = measure.wilson(float(np.sum(hits)), float(np.size(hits)))
+    return {name: float(np.mean(hits)), f"{name}_low": float(low), f"{name}_high": float(high)}
