@@ -1,8 +1,10 @@
-"""What the clean-label benchmarks share: images, pre-trained networks, linear victims, and trials that survive a stop."""
+"""What the clean-label benchmarks share: images, pre-trained networks, linear victims, resumable trials."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import numpy as np
 import optax
 
 import mlsec_jax as mj
-from mlsec_jax import bilevel, data, loop, losses, measure, models, parallel, train
+from mlsec_jax import bilevel, combine, data, loop, losses, measure, models, parallel, train
 from mlsec_jax.memo import memo
 
 LOSSY = "CIFAR-10 from a copy whose pixels went through JPEG (quality 75, 4:2:0); labels and order are the official ones"
@@ -30,7 +32,7 @@ class Images(NamedTuple):
 
 
 def images(embedded: bool = False) -> Images:
-    """CIFAR-10 where it is prepared, else (or if asked) the 5,000 embedded MNIST digits: 3,500 to train, 1,500 to test."""
+    """CIFAR-10 where it is prepared, else (or if asked) the 5,000 embedded MNIST digits (3,500 train)."""
     try:
         parts = None if embedded else [data.load("cifar10", split=split, index=True) for split in ("train", "test")]
     except FileNotFoundError:
@@ -38,10 +40,29 @@ def images(embedded: bool = False) -> Images:
     if parts is None:
         x, y = data.mnist5k()
         order = np.random.default_rng(0).permutation(len(x))
-        x, y = x[order, :, :, None], y[order]
-        return Images(x[:3500], y[:3500], x[3500:], y[3500:], ("the embedded MNIST digits, not CIFAR-10",))
+        x, y = np.pad(x[order, :, :, None], ((0, 0), (2, 2), (2, 2), (0, 0))), y[order]
+        return Images(x[:3500], y[:3500], x[3500:], y[3500:], ("the embedded MNIST digits padded to 32x32, not CIFAR-10",))
     (x, y), (x_test, y_test) = ((x[np.argsort(index)], y[np.argsort(index)]) for x, y, index in parts)
     return Images(x, y, x_test, y_test, (LOSSY,))
+
+
+FREE, LAST = 300, 4800  # ranks within a class: set-ups fine-tune on the first, `polytope` on what follows the last
+
+
+def pretraining_rows(labels: np.ndarray, per_class: int) -> np.ndarray:
+    """The first rows of each class that no benchmark fine-tunes on, and no published set-up perturbs.
+
+    Args:
+      labels: of the official training order.
+      per_class: at most; fewer where there are fewer.
+    """
+    used = np.zeros(len(labels), bool)
+    if len(labels) == 50_000:
+        with contextlib.suppress(FileNotFoundError):  # without the set-ups nobody uses their bases
+            used[np.concatenate([setup.base_indices for setup in data.poison_setups("transfer_learning")])] = True
+    first, last = (FREE, LAST) if len(labels) == 50_000 else (0, len(labels) // 10 - 120)
+    ranked = [np.flatnonzero(labels == c)[first:last] for c in range(10)]
+    return np.concatenate([rows[~used[rows]][:per_class] for rows in ranked])
 
 
 def floats(x: np.ndarray) -> jax.Array:
@@ -84,22 +105,17 @@ ARCHITECTURES: dict[str, Callable[..., models.Model]] = {
 }
 
 
-def network(name: str, channels: int, *, width: int = 16, **options: Any) -> models.Model:
-    """A network of `ARCHITECTURES` for ten classes of images in [0, 1]."""
-    mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
-    colour = {"mean": mean, "std": std} if channels == 3 else {}
-    return ARCHITECTURES[name](width=width, num_classes=10, **colour, **options)
-
-
 def pretrained(
     key: jax.Array, name: str, x: np.ndarray, y: np.ndarray, *, num_epochs: int, width: int = 16, **options: Any
 ) -> Net:
     """A network of `ARCHITECTURES`, trained from the key or read from the user's cache; inputs in [0, 1]."""
-    model = network(name, x.shape[-1], width=width, **options)
+    mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+    colour = {"mean": mean, "std": std} if x.shape[-1] == 3 else {}
+    model = ARCHITECTURES[name](width=width, num_classes=10, **colour, **options)
     recipe = train.Recipe(num_epochs=num_epochs, flip=x.shape[-1] == 3)
     rows = mj.dataset(floats(x), jnp.asarray(y, jnp.int32))
     fit = memo(lambda k, rows: train.pretrain(k, model, rows, recipe)[0], name=f"benchmark-{name}{width}")
-    return Net(model, fit(key, rows))
+    return Net(model, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), fit(key, rows)))  # on no device yet
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -112,10 +128,14 @@ def features(net: Net, x: jax.Array) -> jax.Array:
     return _outputs(net.model.features, net.params, x)
 
 
+def predicted(net: Net, x: np.ndarray) -> np.ndarray:
+    """What the network as pre-trained takes the images for."""
+    return np.argmax(np.asarray(_outputs(net.model.apply, net.params, floats(x))), axis=1)
+
+
 def accuracy(net: Net, x: np.ndarray, y: np.ndarray) -> float:
     """Of the network as pre-trained."""
-    predicted = np.argmax(np.asarray(_outputs(net.model.apply, net.params, floats(x))), axis=1)
-    return float(np.mean(predicted == y))
+    return float(np.mean(predicted(net, x) == y))
 
 
 LINEAR = models.softmax_regression()
@@ -171,6 +191,52 @@ def linear_victims(
 
     spread = parallel.spread(one, in_axes=(0, 0, 0, None, None))
     return jax.jit(spread)(keys, poisons, tests, clean, head)
+
+
+def stacked(nets: Sequence[Net], fn_of: Callable[[models.Model], Any]) -> tuple[Callable, tuple]:
+    """An ensemble over `fn_of(model)`, each network an architecture of its own: `(features_fn, surrogates)`."""
+    fn = models.ensemble([fn_of(net.model) for net in nets], over="map")
+    return fn, tuple(jax.tree.map(lambda leaf: leaf[None], net.params) for net in nets)
+
+
+def craft(
+    key: jax.Array,
+    attack: Callable[[Any], mj.Algorithm],
+    features_fn: Callable,
+    surrogates: Any,
+    bases: jax.Array,
+    targets: jax.Array,
+    *,
+    num_steps: int,
+) -> dict[str, Any]:
+    """Poisons for many targets as one program, after a round trip through 8 bits.
+
+    Args:
+      key: split among the targets.
+      attack: `features_fn -> Algorithm` on data whose rows are the bases.
+      features_fn: of the surrogates.
+      surrogates: its parameters.
+      bases: `[trials, k, h, w, c]`.
+      targets: `[trials, h, w, c]`.
+      num_steps: of crafting.
+
+    Returns:
+      `poison [trials, k, ...]`, `outer [trials, num_steps]`, and `seconds` a target, compilation apart.
+    """
+    algorithm = attack(features_fn)
+    labels = jnp.zeros(bases.shape[1], jnp.int32)  # no loss here reads them
+
+    def one(key: jax.Array, base: jax.Array, target: jax.Array, surrogates: Any) -> tuple[jax.Array, jax.Array]:
+        known = mj.Known(goal=mj.dataset(target[None], labels[:1]), surrogates=surrogates)
+        state, infos = combine.run(algorithm, key, mj.dataset(base, labels), known, num_steps=num_steps)
+        return state.poison, infos["outer"]
+
+    operands = (jax.random.split(key, len(targets)), bases, targets, surrogates)
+    compiled = jax.jit(parallel.spread(one, in_axes=(0, 0, 0, None))).lower(*operands).compile()
+    start = time.perf_counter()
+    poison, outer = jax.block_until_ready(compiled(*operands))
+    seconds = (time.perf_counter() - start) / len(targets)
+    return {"poison": rounded(poison), "outer": outer, "seconds": seconds}
 
 
 def trials(context: Any, item: str, fn: Callable, each: tuple, shared: tuple = ()) -> dict[str, np.ndarray]:

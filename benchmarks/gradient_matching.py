@@ -21,10 +21,20 @@ import numpy as np
 import optax
 
 import mlsec_jax as mj
-from benchmarks._clean_label import GROUP_NORM, Images, eight_bits, floats, images, network, share, trials
+from benchmarks._clean_label import (
+    GROUP_NORM,
+    Images,
+    Net,
+    eight_bits,
+    floats,
+    images,
+    predicted,
+    pretrained,
+    share,
+    trials,
+)
 from benchmarks._record import Result, benchmark
 from mlsec_jax import attacks, combine, losses, measure, models, threat, train
-from mlsec_jax.memo import memo
 
 RADIUS = 16 / 255
 
@@ -65,7 +75,6 @@ SIZES = {
     "paper": Size("resnet", 64, 50_000, 500, 40, targets=10, victims=8, steps=250, restarts=8, batch=500, test=10_000),
 }
 STEP_SIZE = 2 / 255  # of Adam on signs, falling by ten at 3/8, 5/8 and 7/8 of the steps
-BATCH = 64
 
 
 class Problem(NamedTuple):
@@ -84,17 +93,18 @@ class Problem(NamedTuple):
     rows: jax.Array
 
 
-def recipe(size: Size, colour: bool) -> train.Recipe:
-    """How surrogate and victims train."""
-    return train.Recipe(num_epochs=size.epochs, batch_size=BATCH, pad=4 if colour else 2, flip=colour)
+def training_rows(pictures: Images, size: Size) -> np.ndarray:
+    """The first rows in the official order, as many of each class."""
+    return np.concatenate([np.flatnonzero(pictures.y == label)[: size.rows // 10] for label in range(10)])
 
 
-def problem(seed: int, pictures: Images, size: Size, right: Callable[[jax.Array, jax.Array], np.ndarray]) -> Problem:
+def problem(seed: int, pictures: Images, size: Size, net: Net) -> Problem:
     """Draws targets among the test images that the surrogate gets right, a wrong class for each, and rows of it."""
     rng = np.random.default_rng(seed)
-    clean = training_rows(pictures, size)
+    rows = training_rows(pictures, size)
+    clean = mj.dataset(floats(pictures.x[rows]), jnp.asarray(pictures.y[rows], jnp.int32))
     order = rng.permutation(len(pictures.x_test))[: 20 * size.targets]
-    order = order[right(floats(pictures.x_test[order]), jnp.asarray(pictures.y_test[order]))][: size.targets]
+    order = order[predicted(net, pictures.x_test[order]) == pictures.y_test[order]][: size.targets]
     wanted = (pictures.y_test[order] + rng.integers(1, 10, size.targets)) % 10
     y = np.asarray(clean.y)
     rows = np.stack([rng.choice(np.flatnonzero(y == label), size.poisons, replace=False) for label in wanted])
@@ -105,12 +115,6 @@ def problem(seed: int, pictures: Images, size: Size, right: Callable[[jax.Array,
     return Problem(clean, test, goal, jnp.asarray(rows))
 
 
-def training_rows(pictures: Images, size: Size) -> mj.Data:
-    """The first rows in the official order, as many of each class."""
-    rows = np.concatenate([np.flatnonzero(pictures.y == label)[: size.rows // 10] for label in range(10)])
-    return mj.dataset(floats(pictures.x[rows]), jnp.asarray(pictures.y[rows], jnp.int32))
-
-
 def craft(size: Size, model: models.Model, colour: bool) -> Callable:
     """`(key, goal [1], rows [k], clean, surrogate) -> dict`: poisons `[k, ...]` by matching and by noise, in 8 bits."""
     rate = optax.piecewise_constant_schedule(STEP_SIZE, {size.steps * part // 8: 0.1 for part in (3, 5, 7)})
@@ -119,7 +123,7 @@ def craft(size: Size, model: models.Model, colour: bool) -> Callable:
         losses.cross_entropy(model.apply),
         threat=threat.perturb_rows(jnp.arange(size.poisons), radius=RADIUS, noise=RADIUS),
         optimizer=optax.chain(optax.scale_by_sign(), optax.adam(rate)),
-        augment_fn=train.augment(pad=4 if colour else 2, flip=colour, subpixel=True),
+        augment_fn=train.augment(flip=colour, subpixel=True),
         batch_size=size.batch,
     )
     reached = lambda rows, info: jnp.mean(info["outer"][-last:])
@@ -143,14 +147,15 @@ def craft(size: Size, model: models.Model, colour: bool) -> Callable:
 
 
 def judge(size: Size, model: models.Model, colour: bool) -> Callable:
-    """`(key, goal [1], rows [k], matching, noise, clean, test) -> dict`: hits `[2]` and accuracies `[2]` of two victims."""
+    """`(key, goal [1], rows [k], matching, noise, clean, test) -> dict`: hits and accuracies of two victims."""
+    recipe = train.Recipe(num_epochs=size.epochs, flip=colour)  # the surrogate's too
 
     def run(key: jax.Array, goal: mj.Data, rows: Any, matching: Any, noise: Any, clean: mj.Data, test: mj.Data) -> dict:
         def victim(poisons: jax.Array) -> dict[str, jax.Array]:
             poisoned = clean._replace(x=clean.x.at[rows].set(poisons))
-            params = train.pretrain(key, model, poisoned, recipe(size, colour))[0]
-            predicted = jax.lax.map(lambda x: jnp.argmax(model.apply(params, x[None])[0]), test.x, batch_size=100)
-            accuracy = measure.accuracy(predicted, test)
+            params = train.pretrain(key, model, poisoned, recipe)[0]
+            said = jax.lax.map(lambda x: jnp.argmax(model.apply(params, x[None])[0]), test.x, batch_size=100)
+            accuracy = measure.accuracy(said, test)
             return {"hit": jnp.argmax(model.apply(params, goal.x), axis=1)[0] == goal.y[0], "accuracy": accuracy}
 
         return jax.lax.map(victim, jnp.stack([matching, noise]))
@@ -163,22 +168,21 @@ def run(size: str, seed: int, context: Any) -> Result:
     """Trains the surrogate, crafts for every target, trains the victims."""
     pictures, chosen = images(embedded=size == "small"), SIZES[size]
     colour = pictures.x.shape[-1] == 3
-    model = network(chosen.name, pictures.x.shape[-1], width=chosen.width)
     surrogate_key, craft_key, victim_key = jax.random.split(context.key, 3)
-    fit = memo(lambda k, rows: train.pretrain(k, model, rows, recipe(chosen, colour))[0], name="matching-surrogate")
-    surrogate = fit(surrogate_key, training_rows(pictures, chosen))
-    right = lambda x, y: np.asarray(jnp.argmax(jax.jit(model.apply)(surrogate, x), axis=1) == y)
-    task = problem(seed, pictures, chosen, right)
+    rows = training_rows(pictures, chosen)
+    x, y = pictures.x[rows], pictures.y[rows]
+    net = pretrained(surrogate_key, chosen.name, x, y, num_epochs=chosen.epochs, width=chosen.width)
+    task = problem(seed, pictures, chosen, net)
 
     keys = jax.random.split(craft_key, chosen.targets)
     made = trials(
-        context, "craft", craft(chosen, model, colour), (keys, task.goal, task.rows), (task.clean, surrogate)
+        context, "craft", craft(chosen, net.model, colour), (keys, task.goal, task.rows), (task.clean, net.params)
     )
     target = np.repeat(np.arange(chosen.targets), chosen.victims)  # of each trial
     keys = jax.random.split(victim_key, len(target))
     goal = jax.tree.map(lambda leaf: leaf[target], task.goal)
     each = (keys, goal, task.rows[target], made["matching"][target], made["noise"][target])
-    judged = trials(context, "victim", judge(chosen, model, colour), each, (task.clean, task.test))
+    judged = trials(context, "victim", judge(chosen, net.model, colour), each, (task.clean, task.test))
 
     accuracy = judged["accuracy"].mean(axis=0)
     figures = {
@@ -210,7 +214,8 @@ def draw(context: Any, task: Problem, made: dict[str, np.ndarray], hits: np.ndar
 
     figure, axes = plt.subplots(3, 6, figsize=(8, 4.2))
     clean = np.asarray(task.clean.x[task.rows[0]])
-    for row, (label, shown) in zip(axes, {"clean": clean, "matched": made["matching"][0], "noise": made["noise"][0]}.items()):
+    rows = {"clean": clean, "matched": made["matching"][0], "noise": made["noise"][0]}
+    for row, (label, shown) in zip(axes, rows.items()):
         for axis, image in zip(row, shown):
             axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])

@@ -1,0 +1,237 @@
+"""The published comparison of clean-label attacks on a retrained head: same targets, bases and budgets.
+
+"Just How Toxic is Data Poisoning?" (Schwarzschild et al., ICML 2021), transfer learning on CIFAR-10: each of 100
+published set-ups names a target of the test set, and 25 images that the attacker changes by at most 8/255 (checked
+after a round trip through 8 bits) among the 2,500 on which a new head is trained. Success: the target is predicted as
+the poisons' class after the last epoch. White box: the attacker has the feature extractor; black box: the victims'
+extractors are other architectures.
+
+The paper's extractors are pre-trained on CIFAR-100; these on CIFAR-10 images that are in no set-up's fine-tuning set
+and are no target. Targets that the clean victim already gives to the poisons' class are counted as the paper counts
+them; `success_none` is how many those are, with nothing poisoned.
+
+`python -m benchmarks.just_how_toxic FOLDER ...` scores folders of poisons as the published benchmark writes them, and
+a run at `full` leaves the poisons of its set-ups beside its record, for that benchmark to score.
+
+Reference: A. Schwarzschild et al., ICML 2021, table 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mlsec_jax as mj
+from benchmarks import _clean_label as shared
+from benchmarks._record import Paper, Result, UsageError, benchmark
+from mlsec_jax import attacks, data, measure, threat
+
+RADIUS = 8 / 255
+ATTACKS = ("fc", "cp", "bp")
+PUBLISHED = {"fc": (0.22, 0.07), "cp": (0.33, 0.07), "bp": (0.85, 0.085)}  # white box, black box
+WHITE, BLACK = ("resnet", 0), (("vgg", 0), ("alexnet", 0))
+EPOCHS, BATCH = 40, 128
+
+
+class Size(NamedTuple):
+    """What differs between the sizes: set-ups, crafting steps, images of each class and epochs to pre-train."""
+
+    setups: int
+    num_steps: int
+    per_class: int
+    num_epochs: int
+
+
+SIZES = {"small": Size(3, 30, 200, 2), "full": Size(40, 300, 4000, 6), "paper": Size(100, 1200, 4000, 30)}
+
+
+def attack(name: str, num_poisons: int) -> Callable[[Any], mj.Algorithm]:
+    """`features_fn -> Algorithm` of one of the three under the benchmark's radius."""
+    reach = threat.perturb_rows(jnp.arange(num_poisons), radius=RADIUS)
+    if name == "fc":
+        return lambda features_fn: attacks.feature_collision(features_fn, threat=reach, opacity=0.3)
+    factory = {"cp": attacks.convex_polytope, "bp": attacks.bullseye_polytope}[name]
+    return lambda features_fn: factory(features_fn, threat=reach, optimizer=optax.adam(0.04 * 0.25))
+
+
+def setups(images: shared.Images, num: int) -> list[data.PoisonSetup]:
+    """The first published set-ups; on the embedded digits, made-up ones of the same form."""
+    if len(images.y) == 50_000:
+        return data.poison_setups("transfer_learning")[:num]
+    found = []
+    for k in range(num):
+        base = (k + 1) % 10
+        target = int(np.flatnonzero(images.y_test == k)[k])
+        found.append(data.PoisonSetup(target, k, base, np.flatnonzero(images.y == base)[-15:]))
+    return found
+
+
+class Judge(NamedTuple):
+    """What a victim's network made of the images: features of every row that any set-up fine-tunes on.
+
+    Attributes:
+      net: the extractor.
+      row_features: `[rows, d]`.
+      place: `{row: place in row_features}`.
+    """
+
+    net: shared.Net
+    row_features: np.ndarray
+    place: dict[int, int]
+
+
+def judge_of(net: shared.Net, images: shared.Images, trials: list[data.PoisonSetup], num_rows: int) -> Judge:
+    """Computes each row's features once."""
+    rows = np.unique(np.concatenate([data.fine_tuning_rows(images.y, trial, num_rows=num_rows) for trial in trials]))
+    found = np.asarray(shared.features(net, shared.floats(images.x[rows])))
+    return Judge(net, found, {int(row): i for i, row in enumerate(rows)})
+
+
+def labels_of_targets(
+    key: jax.Array, judge: Judge, images: shared.Images, trials: list[data.PoisonSetup], poison: Any, num_rows: int
+) -> np.ndarray:
+    """What a new head, trained on each trial's poisoned set, takes its target for: `[trials]`."""
+    results = []
+    head = shared.LINEAR.init(jax.random.fold_in(key, 0), judge.row_features[:1])
+    steps = num_rows // BATCH
+    optimizer = optax.chain(
+        optax.add_decayed_weights(2e-4), optax.sgd(shared.stepped(0.01, steps, (30,)), momentum=0.9)
+    )
+    recipe = shared.HeadRecipe(optimizer, EPOCHS, BATCH)
+    for k, trial in enumerate(trials):
+        rows = data.fine_tuning_rows(images.y, trial, num_rows=num_rows)
+        clean = mj.dataset(judge.row_features[[judge.place[int(row)] for row in rows]], images.y[rows].astype(np.int32))
+        target = shared.features(judge.net, shared.floats(images.x_test[trial.target_index][None]))
+        poisons = shared.features(judge.net, jnp.asarray(poison[k]))
+        keys = jax.random.fold_in(key, k + 1)[None]
+        logits = shared.linear_victims(keys, clean, poisons[None], target[None], head, recipe)
+        results.append(int(np.argmax(np.asarray(logits)[0, 0])))
+    return np.asarray(results)
+
+
+def nets(key: jax.Array, images: shared.Images, chosen: Size) -> dict[tuple[str, int], shared.Net]:
+    """The pre-trained extractors, white box first."""
+    rows = shared.pretraining_rows(images.y, chosen.per_class)
+    return {
+        (name, k): shared.pretrained(
+            jax.random.fold_in(key, k), name, images.x[rows], images.y[rows], num_epochs=chosen.num_epochs
+        )
+        for name, k in (WHITE, *BLACK)
+    }
+
+
+@benchmark
+def run(size: str, seed: int, context: Any) -> Result:
+    """Crafts for every set-up in the white-box network, and judges there and in the others."""
+    chosen = SIZES[size]
+    images = shared.images()
+    trials = setups(images, chosen.setups)
+    num_rows = 2500 if len(images.y) == 50_000 else 1000
+    net_key, craft_key, victim_key = jax.random.split(context.key, 3)
+    victims = nets(net_key, images, chosen)
+    bases = shared.floats(np.stack([images.x[trial.base_indices] for trial in trials]))
+    targets = shared.floats(np.stack([images.x_test[trial.target_index] for trial in trials]))
+    wanted = np.asarray([trial.base_class for trial in trials])
+    poisons: dict[str, dict[str, Any]] = {"none": {"poison": bases}}
+    figures: dict[str, Any] = {"n_trials": len(trials)}
+    for k, name in enumerate(ATTACKS):
+        make = lambda k=k, name=name: shared.craft(
+            jax.random.fold_in(craft_key, k),
+            attack(name, bases.shape[1]),
+            *shared.stacked([victims[WHITE]], lambda model: model.features),
+            bases,
+            targets,
+            num_steps=chosen.num_steps,
+        )
+        poisons[name] = context.once(name, make)
+        moved = np.abs(data.to_bytes(poisons[name]["poison"]).astype(int) - data.to_bytes(bases)).max()
+        assert moved <= 8, f"{name} moved a pixel by {moved} levels"
+        figures[f"seconds_per_target_{name}"] = poisons[name]["seconds"]
+    hits: dict[tuple[str, str], np.ndarray] = {}
+    for (net_name, k), net in victims.items():
+        figures[f"accuracy_{net_name}{k}"] = shared.accuracy(net, images.x_test[:2000], images.y_test[:2000])
+        judge = judge_of(net, images, trials, num_rows)
+        for name, crafted in poisons.items():
+            once = lambda judge=judge, crafted=crafted: {
+                "label": labels_of_targets(victim_key, judge, images, trials, crafted["poison"], num_rows)
+            }
+            hits[name, net_name] = context.once(f"{name}-{net_name}", once)["label"] == wanted
+    boxes = {"white": [WHITE[0]], "black": [name for name, _ in BLACK]}
+    for name in ("none", *ATTACKS):
+        for box, members in boxes.items():
+            found = np.stack([hits[name, member] for member in members])
+            low, high = measure.wilson(int(found.sum()), found.size)
+            key = f"success_{name}_{box}"
+            figures |= {key: found.mean(), f"{key}_low": low, f"{key}_high": high, f"n_trials_{box}": found.size}
+    for better, worse in (("bp", "cp"), ("cp", "fc")):
+        test = measure.sign_test(hits[better, WHITE[0]], hits[worse, WHITE[0]], alternative="greater")
+        figures[f"p_{better}_over_{worse}_white"] = test.p_value
+    if size != "small":
+        _export(context.out / f"{context.name}.poisons", images, trials, poisons)
+    reductions = [
+        *images.notes,
+        shared.GROUP_NORM,
+        "extractors pre-trained on other CIFAR-10 images, not on CIFAR-100",
+        f"{len(trials)} set-ups (the paper's: 100), {chosen.num_steps} crafting steps (1,200)",
+        "heads are trained on cached features, without augmentation",
+        f"white box: slim {WHITE[0]}; black box: {' and '.join(name for name, _ in BLACK)}",
+    ]
+    source = "Schwarzschild et al., ICML 2021, table 1"
+    paper = {
+        f"success_{name}_{box}": Paper(value, source)
+        for name, values in PUBLISHED.items()
+        for box, value in zip(("white", "black"), values)
+    }
+    return Result(figures, reductions, paper)
+
+
+def _export(folder: Path, images: shared.Images, trials: list[data.PoisonSetup], poisons: dict[str, Any]) -> None:
+    """Writes every attack's poisons as the published benchmark reads them: `folder/ATTACK/SET-UP/`."""
+    for name in ATTACKS:
+        for k, trial in enumerate(trials):
+            data.write_poisons(
+                folder / name / str(k),
+                data.PoisonFolder(
+                    np.asarray(poisons[name]["poison"][k]),
+                    np.full(len(trial.base_indices), trial.base_class, np.int32),
+                    trial.base_indices,
+                    images.x_test[trial.target_index],
+                    trial.target_class,
+                ),
+            )
+
+
+def score(folders: list[str], *, seed: int = 0) -> list[bool]:
+    """Scores folders of poisons, of ours or others, in the white-box victim of `full`: whether each target fell."""
+    images = shared.images()
+    if len(images.y) != 50_000:
+        raise UsageError("folders: expected CIFAR-10 to be prepared, for the published set-ups are of it.")
+    net_key, _, victim_key = jax.random.split(jax.random.key(seed), 3)
+    net = nets(net_key, images, SIZES["full"])[WHITE]
+    known = data.poison_setups("transfer_learning")
+    found = []
+    for folder in folders:
+        loaded = data.read_poisons(folder)
+        same = [trial for trial in known if set(trial.base_indices) == set(loaded.base_indices)]
+        if len(same) != 1:
+            raise UsageError(f"{folder}: expected the bases of one published set-up, got those of {len(same)}.")
+        trial = same[0]._replace(base_indices=loaded.base_indices)
+        judge = judge_of(net, images, [trial], 2500)
+        moved = np.abs(loaded.x.astype(int) - images.x[trial.base_indices]).max()
+        if moved > 9:
+            raise UsageError(f"{folder}: expected poisons within 8 levels of their bases (9 with truncation), got {moved}.")
+        label = labels_of_targets(victim_key, judge, images, [trial], shared.floats(loaded.x)[None], 2500)
+        found.append(bool(label[0] == trial.base_class))
+    return found
+
+
+if __name__ == "__main__":
+    outcome = score(sys.argv[1:])
+    print(f"{sum(outcome)} of {len(outcome)} targets taken for the poisons' class")
