@@ -98,7 +98,7 @@ def training_rows(pictures: Images, size: Size) -> np.ndarray:
     return np.concatenate([np.flatnonzero(pictures.y == label)[: size.rows // 10] for label in range(10)])
 
 
-def problem(seed: int, pictures: Images, size: Size, net: Net) -> Problem:
+def problem(seed: int, pictures: Images, net: Net, size: Size) -> Problem:
     """Draws targets among the test images that the surrogate gets right, a wrong class for each, and rows of it."""
     rng = np.random.default_rng(seed)
     rows = training_rows(pictures, size)
@@ -172,7 +172,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     rows = training_rows(pictures, chosen)
     x, y = pictures.x[rows], pictures.y[rows]
     net = pretrained(surrogate_key, chosen.name, x, y, num_epochs=chosen.epochs, width=chosen.width)
-    task = problem(seed, pictures, chosen, net)
+    task = problem(seed, pictures, net, chosen)
 
     keys = jax.random.split(craft_key, chosen.targets)
     made = trials(
