@@ -120,7 +120,7 @@ def pretrained(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outputs(fn: Callable, params: Any, x: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda row: fn(params, row[None])[0], x, batch_size=100)
+    return jax.lax.map(lambda row: fn(params, row[None])[0], x, batch_size=min(100, len(x)))
 
 
 def features(net: Net, x: jax.Array) -> jax.Array:
