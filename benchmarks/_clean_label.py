@@ -128,14 +128,14 @@ def features(net: Net, x: jax.Array) -> jax.Array:
     return _outputs(net.model.features, net.params, x)
 
 
-def predicted(net: Net, x: np.ndarray) -> np.ndarray:
-    """What the network as pre-trained takes the images for."""
-    return np.argmax(np.asarray(_outputs(net.model.apply, net.params, floats(x))), axis=1)
+def likeliest(net: Net, x: np.ndarray) -> np.ndarray:
+    """The classes in the order in which the network as pre-trained takes the images for them: `[n, 10]`."""
+    return np.argsort(-np.asarray(_outputs(net.model.apply, net.params, floats(x))), axis=1, kind="stable")
 
 
 def accuracy(net: Net, x: np.ndarray, y: np.ndarray) -> float:
     """Of the network as pre-trained."""
-    return float(np.mean(predicted(net, x) == y))
+    return float(np.mean(likeliest(net, x)[:, 0] == y))
 
 
 LINEAR = models.softmax_regression()

@@ -35,7 +35,7 @@ from benchmarks._clean_label import (
     fine_tuning,
     floats,
     images,
-    predicted,
+    likeliest,
     pretrained,
     share,
     trials,
@@ -95,7 +95,7 @@ def problem(seed: int, pictures: Images, net: Net, size: Size, k: int) -> Proble
     fresh = 10 * size.pretrain + rng.permutation(len(pictures.y) - 10 * size.pretrain)
     fresh = {label: fresh[pictures.y[fresh] == label] for label in classes}
     drawn = rng.permutation(np.flatnonzero(pictures.y_test == TARGET))
-    known = predicted(net, pictures.x_test[drawn]) == TARGET if k > 1 else np.ones(len(drawn), bool)
+    known = likeliest(net, pictures.x_test[drawn])[:, 0] == TARGET if k > 1 else np.ones(len(drawn), bool)
     order = np.flatnonzero(known)[: size.candidates[k > 1]]
     targets = drawn[order]
     test = [np.setdiff1d(np.flatnonzero(pictures.y_test == c), targets)[: size.test // len(classes)] for c in classes]
