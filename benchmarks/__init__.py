@@ -16,3 +16,7 @@ A benchmark is a file `benchmarks/NAME.py` whose docstring says in one line what
 
 `once` stores a finished item beside the record, so that an interrupted run goes on where it stopped.
 """
+
+import time
+
+STARTED = time.perf_counter()  # the process's start, but for the interpreter's own few hundredths of a second

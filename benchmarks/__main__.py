@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import _machine, _record, _report
+from benchmarks import STARTED, _machine, _record, _report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -62,9 +62,11 @@ def run(
         card = _machine.start(device)
         from benchmarks import _run  # it imports JAX, which `choose` must come before
 
+        started: float | None = STARTED
         for name in names:
             Console(stderr=True).print(f"{name} ({size}, seed {seed}) on {card}", highlight=False, soft_wrap=True)
-            record = _run.run(name, size=str(size), seed=seed, out=out, device=card)
+            record = _run.run(name, size=str(size), seed=seed, out=out, device=card, started=started)
+            started = None
             show(record, Console())
 
 

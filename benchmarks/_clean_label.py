@@ -115,7 +115,7 @@ def pretrained(
     recipe = train.Recipe(num_epochs=num_epochs, flip=x.shape[-1] == 3)
     rows = mj.dataset(floats(x), jnp.asarray(y, jnp.int32))
     fit = memo(lambda k, rows: train.pretrain(k, model, rows, recipe)[0], name=f"benchmark-{name}{width}")
-    return Net(model, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), fit(key, rows)))  # on no device yet
+    return Net(model, fit(key, rows))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -168,29 +168,31 @@ def fine_tuning(apply_fn: Callable, recipe: HeadRecipe, num_rows: int) -> mj.bas
 
 
 def linear_victims(
-    keys: jax.Array, clean: mj.Data, poisons: jax.Array, tests: jax.Array, head: Any, recipe: HeadRecipe
+    keys: jax.Array, table: mj.Data, rows: jax.Array, poisons: jax.Array, tests: jax.Array, head: Any, recipe: HeadRecipe
 ) -> jax.Array:
-    """Logits of victims that retrain a head, a trial each; everything here is features.
+    """Logits of victims that retrain a head, a trial each, all of them one program; everything here is features.
 
     Args:
       keys: `[trials]`, of the batches.
-      clean: the fine-tuning set, `[n, d]`; its first k rows give way to the poisons.
+      table: features and labels that the trials draw their training sets from, `[m, d]`.
+      rows: `[trials, n]`, each trial's rows of the table; the first k give way to its poisons.
       poisons: `[trials, k, d]`.
-      tests: `[trials, m, d]`, what each victim is asked.
+      tests: `[trials, t, d]`, what each victim is asked.
       head: initial parameters of `LINEAR`.
       recipe: the `HeadRecipe`.
 
     Returns:
-      `[trials, m, 10]`.
+      `[trials, t, 10]`.
     """
-    trainer = fine_tuning(LINEAR.apply, recipe, clean.num_rows)
+    trainer = fine_tuning(LINEAR.apply, recipe, rows.shape[1])
 
-    def one(key: jax.Array, poison: jax.Array, test: jax.Array, clean: mj.Data, head: Any) -> jax.Array:
-        rows = clean._replace(x=clean.x.at[: poison.shape[0]].set(poison))
-        return LINEAR.apply(trainer(key, head, rows)[0], test)
+    def one(key: jax.Array, rows: jax.Array, poison: jax.Array, test: jax.Array, table: mj.Data, head: Any) -> jax.Array:
+        given = jax.tree.map(lambda leaf: leaf[rows], table)
+        given = given._replace(x=given.x.at[: poison.shape[0]].set(poison))
+        return LINEAR.apply(trainer(key, head, given)[0], test)
 
-    spread = parallel.spread(one, in_axes=(0, 0, 0, None, None))
-    return jax.jit(spread)(keys, poisons, tests, clean, head)
+    spread = parallel.spread(one, in_axes=(0, 0, 0, 0, None, None))
+    return jax.jit(spread)(keys, rows, poisons, tests, table, head)
 
 
 def stacked(nets: Sequence[Net], fn_of: Callable[[models.Model], Any]) -> tuple[Callable, tuple]:

@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
 
 
 CALM = Recipe(filter_scale=0.04, out_scale=0.5, learning_rates=(15.0, 30.0, 60.0))
-LIVELY = Recipe(filter_scale=0.2, out_scale=1.0, learning_rates=(15.0, 18.0, 21.0))
+LIVELY = Recipe(filter_scale=0.2, out_scale=1.0, learning_rates=(18.0, 20.0, 22.0))
 
 
 def filters() -> jax.Array:

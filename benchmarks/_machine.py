@@ -6,7 +6,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from benchmarks._record import UsageError
 
@@ -52,6 +55,36 @@ def start(device: str | None) -> str:
         raise UsageError(f"--device {device}: JAX finds none here, only {found[0].platform}.")
     name = f"{len(found)} x {found[0].device_kind}"
     return f"{name} ({_cpu_model()}, {_cores()} cores)" if found[0].platform == "cpu" else name
+
+
+@contextmanager
+def compiling() -> Iterator[Callable[[], float]]:
+    """Inside it JAX's work on programs is timed: `seconds()` is what went by while some was being traced, lowered,
+    and compiled or read from the persistent cache (a compilation's span holds its look-up).
+
+    Spans can nest (a constant compiled while another program is traced) and overlap (threads), so their union counts.
+    Only this process is seen.
+    """
+    from jax import monitoring
+
+    spans: list[tuple[float, float]] = []
+
+    def note(event: str, start_time: float, end_time: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            spans.append((start_time, end_time))
+
+    def seconds() -> float:
+        total, reached = 0.0, 0.0
+        for start, end in sorted(spans):
+            total += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        return total
+
+    monitoring.register_event_time_span_listener(note)
+    try:
+        yield seconds
+    finally:
+        monitoring.unregister_event_time_span_listener(note)
 
 
 def versions() -> dict[str, str]:

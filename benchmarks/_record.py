@@ -18,6 +18,7 @@ import numpy as np
 
 SIZES = ("small", "full", "paper")
 FIELDS = ("benchmark", "size", "seed", "device", "versions", "seconds", "reductions", "figures", "paper")
+STARTUP = ("seconds_starting", "seconds_compiling")  # beside `seconds`; records made before they existed lack them
 
 
 class UsageError(Exception):

@@ -98,7 +98,16 @@ class Context:
                 path.unlink()
 
 
-def run(name: str, *, size: str, seed: int, out: Path, device: str, console: Console | None = None) -> dict[str, Any]:
+def run(
+    name: str,
+    *,
+    size: str,
+    seed: int,
+    out: Path,
+    device: str,
+    console: Console | None = None,
+    started: float | None = None,
+) -> dict[str, Any]:
     """Runs a benchmark and writes its record and plots.
 
     Args:
@@ -108,18 +117,24 @@ def run(name: str, *, size: str, seed: int, out: Path, device: str, console: Con
       out: where the record goes; asked for writing first.
       device: the device's name, for the record.
       console: for what is said meanwhile; None for standard error.
+      started: `time.perf_counter()` when the command began; None for now.
 
     Returns:
-      The record.
+      The record. `seconds` is the benchmark's own time, `seconds_starting` what came before it (imports, the device),
+      and `seconds_compiling` the part of `seconds` in which this process traced and compiled, or read the cache.
     """
+    started = time.perf_counter() if started is None else started
     entry = _record.find(name)
     _record.writable(out)
     context = Context(name, size, seed, out, _machine.fingerprint(device), console)
     start = time.perf_counter()
-    result = entry.run(size, seed, context)
+    with _machine.compiling() as seconds_compiling:
+        result = entry.run(size, seed, context)
     seconds = time.perf_counter() - start + context.restored_seconds
-    head = {"benchmark": name, "size": size, "seed": seed, "device": device}
-    record = {**head, "versions": _machine.versions(), "seconds": round(seconds, 3), **_record.checked(result)}
+    head = {"benchmark": name, "size": size, "seed": seed, "device": device, "versions": _machine.versions()}
+    spent = (seconds, start - started, seconds_compiling())
+    times = {key: round(value, 3) for key, value in zip(("seconds", *_record.STARTUP), spent)}
+    record = {**head, **times, **_record.checked(result)}
     _record.write(out, record)
     context.finish()
     return record

@@ -3,7 +3,8 @@
 The gradient of a goal's loss with respect to the inputs of 40 of 1,000 training digits, through T steps of momentum
 SGD (batches of 100, learning rate 0.05, momentum 0.9; 0.02 without momentum where an estimator takes none). Compared
 to the same training unrolled in float64. Each estimator runs in a process of its own: peak memory is the rise of its
-resident set over one warm call, `temp_mb` what XLA reports; times are medians of calls that take turns.
+resident set over one warm call, `temp_mb` what XLA reports; times are medians of calls that take turns, and
+`start_seconds` is the process's start, its program compiled or read from the persistent cache.
 
 Keys are of the MLP 784-100-10 at T = 1,000; other lengths end in `_t100`, and the CNN's begin with `cnn_`.
 Where an estimator gives NaN its errors give way to `is_nan_E = 1`; `approximate_momentum` is the naive reversal.

@@ -152,7 +152,7 @@ class Store:
 
 def save_leaves(folder: Path, leaves: Sequence[jax.Array]) -> None:
     """Writes arrays as one folder, which appears whole or not at all; one that is there already stays."""
-    filled = {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
+    filled: dict[str, Any] = {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
     half = folder.with_name(f".{folder.name}.{os.getpid()}")
     with ocp.StandardCheckpointer() as writer:
         writer.save(half, filled or {"nothing": np.zeros(1)}, force=True)
@@ -165,7 +165,7 @@ def save_leaves(folder: Path, leaves: Sequence[jax.Array]) -> None:
 
 
 def load_leaves(folder: Path, like: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-    """The arrays of `save_leaves`, on the default device."""
+    """The arrays of `save_leaves`, committed to no device: they follow what they are computed with."""
     home = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     there = {
         str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
@@ -176,4 +176,5 @@ def load_leaves(folder: Path, like: Sequence[jax.ShapeDtypeStruct]) -> list[jax.
     if there:
         with ocp.StandardCheckpointer() as reader:
             filled = reader.restore(folder, there)
-    return [filled[str(i)] if str(i) in filled else jnp.zeros(leaf.shape, leaf.dtype) for i, leaf in enumerate(like)]
+    empty = lambda leaf: np.zeros(leaf.shape, leaf.dtype)
+    return [jnp.asarray(np.asarray(filled.get(str(i), empty(leaf)))) for i, leaf in enumerate(like)]

@@ -153,12 +153,11 @@ def keep_best(algorithm: Algorithm, value_fn: Callable[[Info], jax.Array] = lamb
 
     def init(key: Key, subject: Any, known: Known) -> KeepBest:
         state = algorithm.init(key, subject, known)
-        info = jax.eval_shape(algorithm.step, key, state, subject, known)[1]
-        return KeepBest(state, state, jnp.asarray(jnp.inf, jax.eval_shape(value_fn, info).dtype))
+        return KeepBest(state, state, jnp.asarray(jnp.inf, jnp.result_type(float)))
 
     def step(key: Key, state: KeepBest, subject: Any, known: Known) -> tuple[KeepBest, Info]:
         moved, info = algorithm.step(key, state.state, subject, known)
-        value = value_fn(info)
+        value = value_fn(info).astype(state.value.dtype)
         better = value < state.value
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.state, state.best)
         return KeepBest(moved, best, jnp.where(better, value, state.value)), info

@@ -111,3 +111,10 @@ def test_wrong_arguments_are_named(tmp_path):
         memo(lambda x: x, name="../up")
     with pytest.raises(ValueError, match="expected a function that returns plain arrays"):
         memo(jax.random.split, cache_dir=tmp_path)(KEY)
+
+
+def test_what_is_read_goes_where_it_is_used(tmp_path):
+    """A kept result may be spread over a mesh like any other array: it is committed to no device."""
+    read = memo(lambda x: 2 * x, cache_dir=tmp_path)
+    for result in (read(X), read(X)):
+        assert not result.committed

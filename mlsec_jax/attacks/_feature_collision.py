@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mlsec_jax import checks, losses, tree
 from mlsec_jax.attacks import _craft
-from mlsec_jax.base import Algorithm, ApplyFn, Data, Info, Key, Known, Threat
+from mlsec_jax.base import Algorithm, ApplyFn, Data, Info, Key, Known, Params, Threat
 
 
 class CollisionState(NamedTuple):
@@ -43,6 +44,9 @@ def feature_collision(
     step_size: Any = 1.0,
     shrink: Any = 0.5,
     grow: Any = 1.2,
+    relative: bool = True,
+    optimizer: optax.GradientTransformation | None = None,
+    num_draws: int = 0,
 ) -> Algorithm:
     """Moves each poison onto the target in feature space while it stays near its base in input space.
 
@@ -60,18 +64,22 @@ def feature_collision(
     Args:
       features_fn: `(params, x [n, ...], key=None) ->` a pytree of `[n, ...]`; `models.ensemble` for several networks.
       threat: `perturb_rows`.
-      beta: β; the paper's is `0.25 (2048 / d)²` beside an unscaled first term, d the number of values of an image.
+      beta: β; the paper's is `0.25 (2048 / d)²` with `relative=False`, d the number of values of an image.
       opacity: γ in [0, 1]; 0.3 for victims that train end to end.
       step_size: λ at the start.
       shrink: the factor of a rejected step.
       grow: the factor of an accepted one; 1 for the paper's.
+      relative: False leaves out the division by `‖φ_i(t)‖²`, and `step_size` and `beta` have the paper's units.
+      optimizer: in place of the splitting, with β = 0 and γ = 0: the baseline of the polytope attacks' papers.
+      num_draws: static: features are means of as many dropout draws; only with an optimizer, for the splitting compares
+        values from step to step.
 
     Returns:
       An `Algorithm`; info: `outer` (mean over poisons of the best objective so far), `value [k]`, `accepted [k]`,
-      `step_size [k]`.
+      `step_size [k]`; with an optimizer `outer`, `gradient_norm`, `value [k]`.
 
-    References: Shafahi et al., NeurIPS 2018, eq. (1), algorithm 1. Deviates from the paper in: the first term is
-    relative to the target's features; the backward step is the proximal map of `β ‖x - b‖²`, where the paper's lacks the
+    References: Shafahi et al., NeurIPS 2018, eq. (1), algorithm 1. Deviates from the paper in: by default the first term
+    is relative to the target's features; the backward step is the proximal map of `β ‖x - b‖²`, where the paper's lacks the
     factor 2; every step is checked, not every fortieth; λ may grow again.
     """
     by = "attacks.feature_collision"
@@ -80,8 +88,26 @@ def feature_collision(
     checks.above("step_size", step_size, 0)
     checks.between("shrink", shrink, 0, 1)
     checks.at_least("grow", grow, 1)
-    features = _craft.drawn(features_fn, 0)
-    prepare = _craft.target_features(features_fn)
+    features = _craft.drawn(features_fn, num_draws)
+    prepare = _craft.target_features(features_fn, num_draws)
+
+    def distances(key: Key, params: Params, x: jax.Array, aim: list[jax.Array]) -> jax.Array:
+        """The first term, for each poison `[k]`."""
+        scale = lambda t: jnp.sum(t**2) if relative else 1
+        apart = lambda leaf, t: jnp.sum((leaf - t[None]) ** 2, axis=1) / scale(t)
+        return _craft.mean_of([apart(leaf, t) for leaf, t in zip(features(key, params, x), aim, strict=True)])
+
+    if optimizer is not None:
+        if checks.is_concrete((beta, opacity)) and (beta, opacity) != (0, 0):
+            raise ValueError(f"optimizer: expected beta = opacity = 0 beside it, got {beta} and {opacity}.")
+
+        def objective(key: Key, params: Params, poisons: Data, aim: list[jax.Array]) -> tuple[jax.Array, dict]:
+            value = distances(key, params, poisons.x, aim)
+            return jnp.mean(value), {"value": value}
+
+        return _craft.craft(by, prepare, objective, threat=threat, optimizer=optimizer)
+    if num_draws:
+        raise ValueError("num_draws: expected an optimizer beside it: the splitting compares values from step to step.")
 
     def init(key: Key, subject: Data, known: Known) -> CollisionState:
         checks.data("subject", subject)
@@ -102,8 +128,7 @@ def feature_collision(
         penalty = jnp.asarray(beta, state.poison.dtype)
 
         def collision(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            pairs = zip(features(key, params, x), state.aim, strict=True)
-            distance = _craft.mean_of([jnp.sum((leaf - t[None]) ** 2, axis=1) / jnp.sum(t**2) for leaf, t in pairs])
+            distance = distances(key, params, x, state.aim)
             return jnp.sum(distance), distance
 
         (_, distance), gradient = jax.value_and_grad(collision, has_aux=True)(state.trial)

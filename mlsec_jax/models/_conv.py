@@ -34,7 +34,10 @@ from mlsec_jax import checks
 Pair = tuple[int, int]
 
 _LABELS = ("NHWC", "HWIO", "NHWC")
-_MAX_SLICES = 64  # above this many slices, one input channel goes through the ordinary convolution as well
+_MAX_SLICES = 64  # at more positions than these, one input channel goes through a convolution as well
+_FEW_CHANNELS = 16  # up to here XLA:CPU leaves a convolution to its slow kernel,
+_COLUMNS = 32  # where a product with fewer columns costs as much as with that many
+_BLOCKS = tuple((b, d) for b in (1, 2, 4, 8) for d in (1, 2, 4, 8))
 _STATIC = ("stride", "padding", "input_dilation", "kernel_dilation", "batch_rule")
 
 conv_p = Primitive("loop_safe_conv")
@@ -200,9 +203,12 @@ def _transpose_input(cotangent, x, kernel, *, stride, padding, input_dilation, k
         inputs = _extent(x.aval.shape[2 + axis], input_dilation[axis])
         high = inputs - 1 + taps - _extent(cotangent.shape[2 + axis], stride[axis]) - low
         pads.append((low, high))
+    # XLA moves neither a reversal nor a transpose out of a loop over which the kernel stays the same, as it does in all
+    # crafting, but it moves what is behind a barrier: at width 64 the flips took a third of an iteration on one image.
+    flipped = lax.optimization_barrier(jnp.swapaxes(jnp.flip(kernel, (1, 2)), 3, 4))
     return conv_p.bind(
         cotangent,
-        jnp.swapaxes(jnp.flip(kernel, (1, 2)), 3, 4),
+        flipped,
         stride=input_dilation,
         padding=tuple(pads),
         input_dilation=stride,
@@ -252,9 +258,49 @@ def _batch(operands, axes, **params):
 # The primitive: how it runs.
 
 
-def _run(x, kernel, *, batch_rule, **params):
+def _convolve(x, kernel, stride, padding, input_dilation, kernel_dilation):
+    """XLA's convolution."""
+    return lax.conv_general_dilated(
+        x, kernel, stride, padding, input_dilation, kernel_dilation, dimension_numbers=_LABELS
+    )
+
+
+def _convolve_wide(x, kernel, stride, padding, input_dilation, kernel_dilation):
+    """The same where channels are few: each block of b x d neighbouring outputs becomes b d o channels of one.
+
+    out[n, b p + u, d q + v, o] = sum_{i, j, c} pad(x)[n, b p + i, d q + j, c] wide[i, j, c, u, v, o],
+    wide[i, j, c, u, v, o] = kernel[i - u, j - v, c, o], zero outside of the kernel.
+
+    XLA:CPU has a fast kernel for more than 16 channels, in or out. With no more it multiplies patches by the kernel
+    as a matrix, where fewer than 32 columns cost as much as 32. A block adds zeros to the sums but takes b d times
+    fewer patches, each (kh + b - 1) (kw + d - 1) large; the one that costs least by that count is taken.
+    """
+    n, (kh, kw, c, o) = x.shape[0], kernel.shape
+    height, width = (x.shape[1 + axis] + sum(padding[axis]) - kernel.shape[axis] + 1 for axis in (0, 1))
+
+    def cost(block: Pair) -> int:
+        b, d = block
+        patches, columns = n * -(-height // b) * -(-width // d), b * d * o
+        return (kh + b - 1) * (kw + d - 1) * patches * -(-columns // _COLUMNS)
+
+    few = max(c, o) <= _FEW_CHANNELS and _area((kh, kw)) <= _area((height, width))
+    plain = stride == input_dilation == kernel_dilation == (1, 1)
+    b, d = min(_BLOCKS, key=cost) if few and plain else (1, 1)
+    if (b, d) == (1, 1):
+        return _convolve(x, kernel, stride, padding, input_dilation, kernel_dilation)
+    rows, columns = -(-height // b), -(-width // d)
+    shift = lambda u, v: jnp.pad(kernel, ((u, b - 1 - u), (v, d - 1 - v), (0, 0), (0, 0)))
+    wide = jnp.stack([shift(u, v) for u in range(b) for v in range(d)], axis=3)
+    wide = wide.reshape(kh + b - 1, kw + d - 1, c, b * d * o)
+    (top, bottom), (left, right) = padding
+    padding = ((top, bottom + rows * b - height), (left, right + columns * d - width))
+    out = _convolve(x, wide, (b, d), padding, (1, 1), (1, 1)).reshape(n, rows, columns, b, d, o)
+    return jnp.swapaxes(out, 2, 3).reshape(n, rows * b, columns * d, o)[:, :height, :width]
+
+
+def _run(x, kernel, *, batch_rule, convolve=_convolve, **params):
     """The convolution in XLA's own terms; more than one group is a loop or a grouped convolution."""
-    one = lambda x, kernel: _run_one(x, kernel, **params)
+    one = lambda x, kernel: _run_one(x, kernel, convolve=convolve, **params)
     if x.shape[0] == 1:
         return one(x[0], kernel[0])[None]
     if batch_rule == "map":
@@ -262,55 +308,42 @@ def _run(x, kernel, *, batch_rule, **params):
     return jax.vmap(one)(x, kernel)
 
 
-def _run_one(x, kernel, *, stride, padding, input_dilation, kernel_dilation):
-    """One group through `lax.conv_general_dilated`; negative padding becomes a crop first."""
+def _run_one(x, kernel, *, convolve, stride, padding, input_dilation, kernel_dilation):
+    """One group; negative padding becomes a crop first."""
     if min(map(min, padding)) < 0:
         crop = [(min(low, 0), min(high, 0), a - 1) for (low, high), a in zip(padding, input_dilation, strict=True)]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *crop, (0, 0, 0)])
         padding = [(max(low, 0), max(high, 0)) for low, high in padding]
         input_dilation = (1, 1)
     if stride == input_dilation == kernel_dilation == (1, 1) and _area(kernel.shape[:2]) > _area(x.shape[1:3]):
-        return _run_swapped(x, kernel, padding)
-    return lax.conv_general_dilated(
-        x, kernel, stride, padding, input_dilation, kernel_dilation, dimension_numbers=_LABELS
-    )
+        return _run_swapped(x, kernel, padding, convolve)
+    return convolve(x, kernel, stride, padding, input_dilation, kernel_dilation)
 
 
 def _run_cpu(x, kernel, *, batch_rule, **params):
-    """On CPU one input channel is a matrix product of patches, and many groups run one after the other."""
-    if x.shape[4] == 1 and min(_sizes(x, kernel, **params)) <= _MAX_SLICES:
-        return _run_patches(x, kernel, **params)
-    return _run(x, kernel, batch_rule=batch_rule or "map", **params)
-
-
-def _sizes(x, kernel, **params):
-    """How many taps the kernel has, and how many positions it takes."""
-    out = _abstract(jax.typeof(x), jax.typeof(kernel), batch_rule=None, **params)
-    return kernel.shape[1] * kernel.shape[2], out.shape[2] * out.shape[3]
+    """On CPU few channels are widened, many groups run one after the other, and one image a group is cut up."""
+    if x.shape[4] == 1:
+        positions = _area(_abstract(jax.typeof(x), jax.typeof(kernel), batch_rule=None, **params).shape[2:4])
+        if positions <= min(_MAX_SLICES, _area(kernel.shape[1:3])):
+            return _run_patches(x, kernel, **params)
+    return _run(x, kernel, batch_rule=batch_rule or "map", convolve=_convolve_wide, **params)
 
 
 def _run_patches(x, kernel, *, stride, padding, input_dilation, kernel_dilation):
-    """All groups at once as patches times kernel, the patches cut tap by tap or position by position."""
+    """All groups at once as patches times kernel, cut position by position: gradients of a kernel, by example."""
     pads = [(low, high, a - 1) for (low, high), a in zip(padding, input_dilation, strict=True)]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *pads, (0, 0, 0)])[..., 0]
-    taps = kernel.shape[1:3]
-    space = [
-        (x.shape[2 + axis] - _extent(taps[axis], kernel_dilation[axis])) // stride[axis] + 1 for axis in (0, 1)
-    ]
-    by_taps = taps[0] * taps[1] <= space[0] * space[1]
-    outer, inner = (taps, space) if by_taps else (space, taps)
-    outer_step, inner_step = (kernel_dilation, stride) if by_taps else (stride, kernel_dilation)
+    extents = [_extent(taps, step) for taps, step in zip(kernel.shape[1:3], kernel_dilation, strict=True)]
+    space = [(x.shape[2 + axis] - extents[axis]) // stride[axis] + 1 for axis in (0, 1)]
 
-    def cut(i: int, j: int) -> jax.Array:
-        starts = (i * outer_step[0], j * outer_step[1])
+    def cut(*position: int) -> jax.Array:
         rows, columns = (
-            slice(start, start + _extent(length, step), step)
-            for start, length, step in zip(starts, inner, inner_step, strict=True)
+            slice(s * place, s * place + extent, step)
+            for s, place, extent, step in zip(stride, position, extents, kernel_dilation, strict=True)
         )
         return x[:, :, rows, columns].reshape(*x.shape[:2], -1)
 
-    cuts = [cut(i, j) for i in range(outer[0]) for j in range(outer[1])]
-    patches = jnp.stack(cuts, axis=3 if by_taps else 2)  # [g, n, positions, taps]
+    patches = jnp.stack([cut(p, q) for p in range(space[0]) for q in range(space[1])], axis=2)
     out = jnp.einsum("gnpt,gto->gnpo", patches, kernel.reshape(kernel.shape[0], -1, kernel.shape[4]))
     return out.reshape(*x.shape[:2], *space, kernel.shape[4])
 
@@ -320,7 +353,7 @@ def _area(sides):
     return sides[0] * sides[1]
 
 
-def _run_swapped(x, kernel, padding):
+def _run_swapped(x, kernel, padding, convolve):
     """The same with the roles of image and kernel exchanged, for a kernel that is larger than the image.
 
     The image's share of the derivative of a kernel's gradient is such a convolution: of a kernel's cotangent with a
@@ -336,6 +369,7 @@ def _run_swapped(x, kernel, padding):
     out = _run_one(
         image,
         jnp.transpose(jnp.flip(x, (1, 2)), (1, 2, 3, 0)),
+        convolve=convolve,
         stride=(1, 1),
         padding=pads,
         input_dilation=(1, 1),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mlsec_jax import checks
 from mlsec_jax.base import Params
@@ -64,7 +63,7 @@ def mobilenet(
 
     >>> model = mobilenet(width=8)
     >>> params = jax.eval_shape(lambda key: model.init(key, (32, 32, 3)), jax.random.key(0))
-    >>> jax.eval_shape(model.features, params, jnp.ones((2, 32, 32, 3))).shape
+    >>> jax.eval_shape(model.features, params, jax.numpy.ones((2, 32, 32, 3))).shape
     (2, 320)
     """
     blocks = tuple(blocks)

@@ -25,7 +25,7 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> 
       bias: `[c]`.
       groups: how many; where it does not divide c, their greatest common divisor.
     """
-    n, h, w, c = x.shape
+    n, c = x.shape[0], x.shape[3]
     groups = math.gcd(groups, c)
     size = c // groups
 

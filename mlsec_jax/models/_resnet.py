@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mlsec_jax import checks
 from mlsec_jax.base import Params
@@ -55,7 +54,7 @@ def resnet(
 
     >>> model = resnet(width=8)
     >>> params = jax.eval_shape(lambda key: model.init(key, (32, 32, 3)), jax.random.key(0))
-    >>> jax.eval_shape(model.features, params, jnp.ones((2, 32, 32, 3))).shape
+    >>> jax.eval_shape(model.features, params, jax.numpy.ones((2, 32, 32, 3))).shape
     (2, 32)
     """
     blocks = tuple(blocks)

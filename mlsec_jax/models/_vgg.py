@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mlsec_jax import checks
 from mlsec_jax.base import Params
@@ -53,7 +52,7 @@ def vgg(
 
     >>> model = vgg(width=8)
     >>> params = jax.eval_shape(lambda key: model.init(key, (32, 32, 3)), jax.random.key(0))
-    >>> jax.eval_shape(model.features, params, jnp.ones((2, 32, 32, 3))).shape
+    >>> jax.eval_shape(model.features, params, jax.numpy.ones((2, 32, 32, 3))).shape
     (2, 64)
     """
     for name, value in (("width", width), ("groups", groups), ("num_classes", num_classes)):

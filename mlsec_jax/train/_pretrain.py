@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
 
 
 def pretrain(
-    key: Key, model: Any, train: Data, recipe: Recipe = Recipe(), *, mesh: Mesh | None = None
+    key: Key, model: Any, train: Data, recipe: Recipe, *, mesh: Mesh | None = None
 ) -> tuple[Params, Info]:
     """Trains a network from scratch on images, by a recipe.
 

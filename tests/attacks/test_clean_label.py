@@ -68,7 +68,13 @@ def matching(params, x, goal):
     return 1 - ours @ wanted / np.linalg.norm(ours) / np.linalg.norm(wanted)
 
 
+def collision(params, x, goal):
+    pairs = zip(flat(params, x), flat(params, goal.x))
+    return np.mean([np.sum((f - t.mean(0)) ** 2, axis=1) / np.sum(t.mean(0) ** 2) for f, t in pairs])
+
+
 LOSSES = {
+    "collision": (collision, functools.partial(attacks.feature_collision, features)),
     "bullseye": (bullseye, functools.partial(attacks.bullseye_polytope, features)),
     "bullseye squared": (bullseye_squared, functools.partial(attacks.bullseye_polytope, features, squared=True)),
     "polytope": (polytope, functools.partial(attacks.convex_polytope, features)),
@@ -213,6 +219,10 @@ def test_bad_input_is_said():
         attacks.bullseye_polytope(features, threat=labels, optimizer=DESCEND)
     with pytest.raises(ValueError, match="num_draws: expected an integer of at least 0"):
         attacks.convex_polytope(features, threat=FREE, optimizer=DESCEND, num_draws=-1)
+    with pytest.raises(ValueError, match="optimizer: expected beta = opacity = 0"):
+        attacks.feature_collision(features, threat=FREE, optimizer=DESCEND, beta=0.1)
+    with pytest.raises(ValueError, match="num_draws: expected an optimizer"):
+        attacks.feature_collision(features, threat=FREE, num_draws=2)
     with pytest.raises(ValueError, match="opacity: expected"):
         attacks.feature_collision(features, threat=FREE, opacity=1.5)
     with pytest.raises(ValueError, match=r"attacks.convex_polytope needs known\.params"):

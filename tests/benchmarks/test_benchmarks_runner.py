@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_record_holds_exactly_the_promised_fields(fake, tmp_path):
     fake(function)
     record = run(tmp_path, "full", 3)
     stored = json.loads((tmp_path / "fake.json").read_text())
-    assert stored == record and tuple(stored) == _record.FIELDS
+    assert stored == record and set(stored) == {*_record.FIELDS, *_record.STARTUP}
     assert stored["figures"] == {"error_clean": 0.25, "n_splits": 10, "params": 7850}
     assert stored["paper"] == {"error_clean": {"value": 0.2, "source": "Fig. 7"}}
     assert (stored["benchmark"], stored["size"], stored["seed"], stored["device"]) == ("fake", "full", 3, DEVICE)
@@ -63,6 +64,40 @@ def test_record_holds_exactly_the_promised_fields(fake, tmp_path):
     assert (tmp_path / "fake.curve.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "plain").write_text("")  # records are as readable as any file written here
     assert (tmp_path / "fake.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_records_from_before_startup_was_measured_are_still_read(fake, tmp_path):
+    fake(lambda size, seed, context: Result({"x": 1}))
+    record = {key: value for key, value in run(tmp_path).items() if key not in _record.STARTUP}
+    (tmp_path / "fake.json").write_text(json.dumps(record))
+    assert _record.read_all(tmp_path) == [record]
+
+
+def test_compiling_counts_every_second_once():
+    from jax import monitoring
+
+    event = "/jax/core/compile/backend_compile_duration"
+    with _machine.compiling() as seconds:
+        assert seconds() == 0
+        for start, end in [(10.0, 14.0), (11.0, 12.0), (13.0, 15.0), (20.0, 20.5)]:  # whole, nested, overlapping, apart
+            monitoring.record_event_time_span(event, start, end, fun_name="f")
+        monitoring.record_event_time_span("/jax/other", 30.0, 40.0)
+        assert seconds() == 5.5
+    monitoring.record_event_time_span(event, 50.0, 60.0, fun_name="f")
+    assert seconds() == 5.5
+
+
+def test_a_record_says_what_starting_and_compiling_took(fake, tmp_path):
+    import jax
+
+    program = jax.jit(lambda x: jax.numpy.cos(x) @ x)
+    fake(lambda size, seed, context: Result({"x": program(jax.numpy.ones(3)).item()}))
+    began = time.perf_counter()
+    first = _run.run("fake", size="small", seed=0, out=tmp_path, device=DEVICE, started=began - 100)
+    again = run(tmp_path)
+    assert 100 <= first["seconds_starting"] < 100 + time.perf_counter() - began and again["seconds_starting"] < 10
+    assert 0 < first["seconds_compiling"] <= first["seconds"] + 1e-3
+    assert again["seconds_compiling"] < first["seconds_compiling"]  # in one process nothing is traced twice
 
 
 @pytest.mark.parametrize(
@@ -316,6 +351,8 @@ def test_command_line(tmp_path):
     assert record["seed"] == 5 and record["size"] == "small" and record["figures"]["devices"] == 2
     assert re.fullmatch(r"2 x cpu \(.+, \d+ cores\)", record["device"])
     assert list((cache / "jax").iterdir())
+    assert record["seconds_starting"] > 0.1  # imports JAX
+    assert 0 < record["seconds_compiling"] <= record["seconds"]
     second = cli("run", "fake", "--out", out, "--device", "cpu", "--devices", 2, "--seed", 5, cache=cache)
     again = json.loads((out / "fake.json").read_text())
     assert "WARNING" not in second.stderr.upper(), second.stderr

@@ -7,9 +7,11 @@ import pytest
 from jax import lax
 
 from mlsec_jax import models
+from mlsec_jax.models import _depthwise
 from mlsec_jax.models._norm import group_norm
 
 KEY = jax.random.key(0)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # each compiled once, run a few times
 MAKE = {
     "resnet": lambda **o: models.resnet(width=4, blocks=(1, 1), **o),
     "vgg": lambda **o: models.vgg(width=2, **o),
@@ -35,17 +37,25 @@ def count(model, shape=(32, 32, 3)):
 
 @every_net
 def test_layers_dropout_and_gradients(name):
-    """Layers end in the features, each dropout acts under a key and nowhere else, gradients are right."""
+    """Layers end in the features, each dropout acts under a key and nowhere else, gradients are right: one program."""
     side, num_features, num_blocks = EXPECTED[name]
+    make = lambda **rates: MAKE[name](num_classes=3, groups=2, activation_fn=jnp.tanh, **rates)
+
+    def loss(z, rates, key):
+        model = make(**rates)
+        layers = model.layers(*z, key)
+        return jnp.sum(jnp.sin(jnp.arange(1.0, 7.0).reshape(2, 3) * model.apply(*z, key))), (layers, model.apply(*z, key))
+
     with jax.enable_x64(True):
-        model = MAKE[name](num_classes=3, groups=2, activation_fn=jnp.tanh, block_dropout=0.25, dropout=0.5)
         generator = np.random.default_rng(1)
         x = jnp.asarray(generator.uniform(size=(2, side, side, 3)))
-        shapes = jax.eval_shape(model.init, KEY, x)
+        shapes = jax.eval_shape(make().init, KEY, x)
         params = jax.tree.map(lambda a: jnp.asarray(generator.normal(0.3, 0.3, size=a.shape)), shapes)
-        both = jax.jit(lambda params, x, key=None: (model.layers(params, x, key), model.apply(params, x, key)))
-        (layers, logits), (dropped, noisy) = both(params, x), both(params, x, KEY)
-        other, _ = both(params, x, jax.random.key(1))
+        z, program = (params, x), jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        run = lambda block, last, z=z, key=KEY: program(z, {"block_dropout": block, "dropout": last}, key)
+        (_, (layers, logits)), grad = run(0.0, 0.0)
+        _, (dropped, noisy) = run(0.25, 0.5)[0]
+        _, (other, _) = run(0.25, 0.5, key=jax.random.key(1))[0]
         assert len(layers) == num_blocks + 1 and layers[-1].shape == (2, num_features)
         assert all(layer.shape[0] == 2 and layer.ndim == 4 for layer in layers[:-1])
         head = params["head"]
@@ -53,18 +63,17 @@ def test_layers_dropout_and_gradients(name):
             np.testing.assert_allclose(hidden @ head["w"] + head["b"][None], out, rtol=1e-10)
         for block in range(num_blocks):
             acts = not np.allclose(layers[block], dropped[block])
-            assert acts or block == 0 and name in ("convnet", "alexnet")  # theirs comes after the first block
+            assert acts or (block == 0 and name in ("convnet", "alexnet"))  # theirs comes after the first block
         assert np.any(dropped[-1] == 0) and not np.any(layers[-1] == 0)
         assert not np.allclose(dropped[-2], other[-2])
 
-        weights = jnp.arange(1.0, 7.0).reshape(2, 3)
-        value_and_grad = jax.jit(jax.value_and_grad(lambda z: jnp.sum(jnp.sin(weights * model.apply(*z)))))
-        z = (params, x)
         u = jax.tree.map(lambda a: jnp.asarray(generator.normal(size=a.shape)), z)
-        moved = [value_and_grad(jax.tree.map(lambda a, b, t=t: a + t * b, z, u))[0] for t in (-1e-6, 1e-6)]
-        grad = value_and_grad(z)[1]
+        low, high = (run(0.0, 0.0, jax.tree.map(lambda a, b, t=t: a + t * b, z, u))[0][0] for t in (-1e-6, 1e-6))
         slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(u), strict=True))
-        np.testing.assert_allclose(slope, (moved[1] - moved[0]) / 2e-6, rtol=1e-5)
+        np.testing.assert_allclose(slope, (high - low) / 2e-6, rtol=1e-5)
+        # Evaluation, without a key, is the program without any dropout.
+        both = make(block_dropout=0.25, dropout=0.5)
+        assert str(jax.make_jaxpr(both.apply)(params, x)) == str(jax.make_jaxpr(make().apply)(params, x))
 
 
 def test_parameter_counts_are_those_of_the_published_networks():
@@ -111,7 +120,7 @@ def test_group_norm_against_its_definition():
     np.testing.assert_allclose(group_norm(jnp.asarray(x), scale, bias, 9), expected, rtol=1e-4, atol=1e-5)  # gcd 3
 
 
-@pytest.mark.parametrize(("taps", "stride", "shape"), [((3, 3), 1, (5, 6)), ((3, 3), 2, (6, 7)), ((2, 5), 3, (7, 8))])
+@pytest.mark.parametrize(("taps", "stride", "shape"), [((3, 3), 1, (5, 6)), ((3, 3), 2, (6, 7)), ((1, 5), 3, (7, 8))])
 def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shape):
     def reference(x, k):
         return lax.conv_general_dilated(
@@ -123,6 +132,15 @@ def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shap
             feature_group_count=x.shape[3],
         )
 
+    def batches(grad, x, k, own=True):
+        """Gradients of three batches, of images, of kernels and of both; `own`: by `vmap`, not one by one."""
+        xs, ks = jnp.stack([x, 2 * x]), jnp.stack([k, jnp.sin(k)])
+        if own:
+            return [jax.vmap(grad, axes)(*a) for axes, a in (((0, None), (xs, k)), ((None, 0), (x, ks)), (0, (xs, ks)))]
+        stack = lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        pairs = ([(xs[0], k), (xs[1], k)], [(x, ks[0]), (x, ks[1])], [(xs[0], ks[0]), (xs[1], ks[1])])
+        return [stack(*(grad(*pair) for pair in two)) for two in pairs]
+
     def orders(f, x, k):
         grad = jax.grad(lambda x, k: jnp.sum(jnp.sin(f(x, k))), (0, 1))
         return {
@@ -131,9 +149,7 @@ def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shap
             "forward over reverse": jax.jvp(grad, (x, k), (jnp.cos(x), jnp.cos(k)))[1],
             "reverse over reverse": jax.grad(lambda x: sum(jnp.sum(g**3) for g in grad(x, k)))(x),
             "in a loop": lax.scan(lambda k, _: (k - 0.1 * grad(x, k)[1], None), k, length=2)[0],
-            "batches": jnp.stack([f(x * t, k * t) for t in (1, 2)])
-            if f is reference
-            else jax.vmap(f)(jnp.stack([x, 2 * x]), jnp.stack([k, 2 * k])),
+            "batches": batches(grad, x, k, own=f is not reference),
         }
 
     with jax.enable_x64(True):
@@ -144,6 +160,20 @@ def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shap
     for order in expected:
         for a, b in zip(jax.tree.leaves(found[order]), jax.tree.leaves(expected[order]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10, err_msg=order)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_depthwise_lowers_for_accelerators_to_the_same_values(platform):
+    x, k = jnp.ones((2, 5, 6, 3)), jnp.ones((3, 3, 3))
+    grad = jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(models.depthwise(x, k))), (0, 1)))
+    text = jax.export.export(grad, platforms=[platform])(x, k).mlir_module()
+    assert "feature_group_count = 3" in text and "while" not in text
+    generator = np.random.default_rng(0)
+    x, y, k = (jnp.asarray(generator.normal(size=s).astype(np.float32)) for s in (x.shape, x.shape, k.shape))
+    np.testing.assert_allclose(_depthwise._run_depthwise(x, k), models.depthwise(x, k), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        _depthwise._run_correlate(x, y, taps=(3, 3)), _depthwise._run_correlate_cpu(x, y, taps=(3, 3)), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,6 +191,7 @@ def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shap
         (lambda: models.depthwise(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 3))), "with the same c"),
         (lambda: models.depthwise(jnp.ones((1, 4, 4, 2), int), jnp.ones((3, 3, 2))), "floating dtype"),
         (lambda: models.depthwise(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2)), stride=0), "stride: expected"),
+        (lambda: models.depthwise(jnp.ones((1, 4, 4, 2)), jnp.ones((2, 3, 2))), "odd sides"),
     ],
 )
 def test_wrong_arguments_are_named(act, message):

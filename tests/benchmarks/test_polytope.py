@@ -1,0 +1,53 @@
+"""The clean-label benchmarks' own parts: what is held out, what trials are judged on, and what a small run records."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mlsec_jax as mj
+from benchmarks import _clean_label as shared
+from benchmarks import just_how_toxic, polytope
+from mlsec_jax import data
+
+
+@pytest.fixture(scope="module")
+def images():
+    """The embedded digits, or CIFAR-10 where it is."""
+    return shared.images()
+
+
+def test_networks_are_pretrained_on_nothing_that_is_fine_tuned_or_aimed_at(images):
+    given = polytope.problem(images, polytope.SIZES["small"])
+    pretrained = shared.floats(images.x[given.pretraining]).reshape(len(given.pretraining), -1)
+    seen = {row.tobytes() for row in np.asarray(pretrained)}
+    held = np.concatenate([np.asarray(given.tuning.x), np.asarray(given.targets)]).reshape(-1, pretrained.shape[1])
+    assert not seen & {row.tobytes() for row in held}
+    assert np.all(np.asarray(given.tuning.y[: polytope.POISONS]) == polytope.BASE_CLASS)
+    assert np.bincount(np.asarray(given.tuning.y)).tolist() == [50] * 10
+
+
+def test_no_setup_fine_tunes_on_a_pretraining_row(images):
+    rows = set(shared.pretraining_rows(images.y, 4000).tolist())
+    num_rows = 2500 if len(images.y) == 50_000 else 1000
+    for trial in just_how_toxic.setups(images, 5):
+        if len(images.y) == 50_000:
+            assert not rows & set(data.fine_tuning_rows(images.y, trial, num_rows=num_rows).tolist())
+        assert images.y[trial.base_indices].tolist() == [trial.base_class] * len(trial.base_indices)
+
+
+def test_linear_victims_learn_their_poisons():
+    """Two trials on the same table: the class of the poisons decides what the point at their place is taken for."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 8)).astype(np.float32)
+    y = (np.arange(40) % 2).astype(np.int32)
+    x[:, 0] += 4 * y
+    table = mj.dataset(jnp.asarray(x), jnp.asarray(y))
+    rows = jnp.stack([jnp.arange(0, 40), jnp.arange(39, -1, -1)])  # the first rows are of class 0, then of class 1
+    place = jnp.full((2, 2, 8), 3.0).at[:, :, 0].set(2.0)
+    head = shared.LINEAR.init(jax.random.key(0), table.x[:1])
+    recipe = shared.HeadRecipe(optax.adam(0.1), 20, 20)
+    rows = rows.at[:, :2].set(jnp.array([[0, 2], [1, 3]]))
+    logits = shared.linear_victims(jax.random.split(jax.random.key(1), 2), table, rows, place, place[:, :1], head, recipe)
+    assert np.argmax(np.asarray(logits)[:, 0], axis=1).tolist() == [0, 1]
