@@ -1,11 +1,11 @@
-"""What the clean-label benchmarks share: images, pre-trained networks, and victims that retrain a linear head."""
+"""What the clean-label benchmarks share: images, pre-trained networks, linear victims, resumable trials."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import mlsec_jax as mj
-from mlsec_jax import bilevel, combine, data, loop, losses, models, parallel, train
+from mlsec_jax import bilevel, combine, data, loop, losses, measure, models, parallel, train
 from mlsec_jax.memo import memo
 
 LOSSY = "CIFAR-10 from a copy whose pixels went through JPEG (quality 75, 4:2:0); labels and order are the official ones"
@@ -31,11 +31,13 @@ class Images(NamedTuple):
     notes: tuple[str, ...]
 
 
-def images() -> Images:
-    """CIFAR-10 where it is prepared, else the 5,000 embedded MNIST digits (3,500 to train, 1,500 to test)."""
+def images(embedded: bool = False) -> Images:
+    """CIFAR-10 where it is prepared, else (or if asked) the 5,000 embedded MNIST digits (3,500 train)."""
     try:
-        parts = [data.load("cifar10", split=split, index=True) for split in ("train", "test")]
+        parts = None if embedded else [data.load("cifar10", split=split, index=True) for split in ("train", "test")]
     except FileNotFoundError:
+        parts = None
+    if parts is None:
         x, y = data.mnist5k()
         order = np.random.default_rng(0).permutation(len(x))
         x, y = np.pad(x[order, :, :, None], ((0, 0), (2, 2), (2, 2), (0, 0))), y[order]
@@ -71,6 +73,11 @@ def floats(x: np.ndarray) -> jax.Array:
 def rounded(x: jax.Array) -> jax.Array:
     """Images in [0, 1] after a round trip through 8 bits: what a victim gets."""
     return floats(data.to_bytes(np.asarray(x)))
+
+
+def eight_bits(x: jax.Array) -> jax.Array:
+    """`rounded`, within a compiled program."""
+    return jnp.round(255 * x) / 255
 
 
 class Net(NamedTuple):
@@ -113,7 +120,7 @@ def pretrained(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outputs(fn: Callable, params: Any, x: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda row: fn(params, row[None])[0], x, batch_size=100)
+    return jax.lax.map(lambda row: fn(params, row[None])[0], x, batch_size=min(100, len(x)))
 
 
 def features(net: Net, x: jax.Array) -> jax.Array:
@@ -121,17 +128,21 @@ def features(net: Net, x: jax.Array) -> jax.Array:
     return _outputs(net.model.features, net.params, x)
 
 
+def likeliest(net: Net, x: np.ndarray) -> np.ndarray:
+    """The classes in the order in which the network as pre-trained takes the images for them: `[n, 10]`."""
+    return np.argsort(-np.asarray(_outputs(net.model.apply, net.params, floats(x))), axis=1, kind="stable")
+
+
 def accuracy(net: Net, x: np.ndarray, y: np.ndarray) -> float:
     """Of the network as pre-trained."""
-    predicted = np.argmax(np.asarray(_outputs(net.model.apply, net.params, floats(x))), axis=1)
-    return float(np.mean(predicted == y))
+    return float(np.mean(likeliest(net, x)[:, 0] == y))
 
 
 LINEAR = models.softmax_regression()
 
 
 class HeadRecipe(NamedTuple):
-    """How a victim trains its head on frozen features.
+    """How a victim trains its head on frozen features, or all of its parameters.
 
     Attributes:
       optimizer: any of optax.
@@ -147,6 +158,13 @@ class HeadRecipe(NamedTuple):
 def stepped(rate: float, steps_per_epoch: int, epochs: Sequence[int]) -> optax.Schedule:
     """A learning rate that falls by ten at the given epochs."""
     return optax.piecewise_constant_schedule(rate, {epoch * steps_per_epoch: 0.1 for epoch in epochs})
+
+
+def fine_tuning(apply_fn: Callable, recipe: HeadRecipe, num_rows: int) -> mj.base.Trainer:
+    """The victim's training, in evaluation mode."""
+    num_steps = recipe.num_epochs * (num_rows // recipe.batch_size)
+    loss_fn = losses.cross_entropy(lambda params, x, key=None: apply_fn(params, x))
+    return bilevel.unrolled(loss_fn, recipe.optimizer, num_steps, batching=loop.shuffled(recipe.batch_size))
 
 
 def linear_victims(
@@ -166,10 +184,7 @@ def linear_victims(
     Returns:
       `[trials, t, 10]`.
     """
-    num_steps = recipe.num_epochs * (rows.shape[1] // recipe.batch_size)
-    trainer = bilevel.unrolled(
-        losses.cross_entropy(LINEAR.apply), recipe.optimizer, num_steps, batching=loop.shuffled(recipe.batch_size)
-    )
+    trainer = fine_tuning(LINEAR.apply, recipe, rows.shape[1])
 
     def one(key: jax.Array, rows: jax.Array, poison: jax.Array, test: jax.Array, table: mj.Data, head: Any) -> jax.Array:
         given = jax.tree.map(lambda leaf: leaf[rows], table)
@@ -224,3 +239,32 @@ def craft(
     poison, outer = jax.block_until_ready(compiled(*operands))
     seconds = (time.perf_counter() - start) / len(targets)
     return {"poison": rounded(poison), "outer": outer, "seconds": seconds}
+
+
+def trials(context: Any, item: str, fn: Callable, each: tuple, shared: tuple = ()) -> dict[str, np.ndarray]:
+    """One program for all trials, a few at a time over the devices; what is finished survives an interruption.
+
+    Args:
+      context: the benchmark's.
+      item: a name for `context.once`.
+      fn: `(*row of each, *shared) -> dict` of arrays.
+      each: pytrees with a leading `[trials]`.
+      shared: pytrees that every trial gets whole.
+
+    Returns:
+      The dict of arrays `[trials, ...]`.
+    """
+    num = len(jax.tree.leaves(each)[0])
+    together = jax.device_count() * (1 if jax.default_backend() == "cpu" else 16)
+    program = jax.jit(parallel.spread(fn, in_axes=(0,) * len(each) + (None,) * len(shared)))
+    found = []
+    for start in context.progress(range(0, num, together), item):
+        rows = jax.tree.map(lambda leaf, start=start: leaf[start : start + together], each)
+        found.append(context.once(f"{item}-{start}", lambda rows=rows: program(*rows, *shared)))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def share(name: str, hits: np.ndarray) -> Mapping[str, float]:
+    """The share of hits, and the ends of Wilson's 95 % interval, as three figures."""
+    low, high = measure.wilson(float(np.sum(hits)), float(np.size(hits)))
+    return {name: float(np.mean(hits)), f"{name}_low": float(low), f"{name}_high": float(high)}
