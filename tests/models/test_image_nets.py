@@ -97,13 +97,14 @@ def test_an_ensemble_of_several_layers_is_each_member_by_itself():
     out, dropped = jax.jit(lambda p, x, key: (models.ensemble(last_two)(p, x), models.ensemble(last_two)(p, x, key)))(
         stacked, x, KEY
     )
-    assert [[leaf.shape for leaf in own] for own in out] == [[(2, 2, 4, 4, 8), (2, 2, 8)], [(2, 2, 2, 2, 8), (2, 2, 32)]]
+    shapes = [[[leaf.shape for leaf in member] for member in own] for own in out]
+    assert shapes == [[[(2, 4, 4, 8), (2, 8)]] * 2, [[(2, 2, 2, 8), (2, 32)]] * 2]
     for net, own, found in zip(nets, stacked, out, strict=True):
         expected = jax.jit(net.layers)(jax.tree.map(lambda leaf: leaf[1], own), x)[-2:]
-        for a, b in zip(found, expected, strict=True):
-            np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(dropped[0][-1], out[0][-1])
-    np.testing.assert_allclose(dropped[1][-1], out[1][-1], rtol=1e-5)  # without dropout a key changes nothing
+        for a, b in zip(found[1], expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(dropped[0][0][-1], out[0][0][-1])
+    np.testing.assert_allclose(dropped[1][0][-1], out[1][0][-1], rtol=1e-5)  # without dropout a key changes nothing
     mlp = models.mlp(widths=(4,), num_classes=2)
     (only,) = mlp.layers(mlp.init(KEY, (3,)), jnp.ones((2, 3)))
     assert only.shape == (2, 4)
