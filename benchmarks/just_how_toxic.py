@@ -19,7 +19,7 @@ Reference: A. Schwarzschild et al., ICML 2021, table 1.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ import optax
 
 import mlsec_jax as mj
 from benchmarks import _clean_label as shared
+from benchmarks import _machine
 from benchmarks._record import Paper, Result, UsageError, benchmark
 from mlsec_jax import attacks, data, measure, threat
 
@@ -101,14 +102,16 @@ def labels_of_targets(
     return np.argmax(np.asarray(logits)[:, 0], axis=1)
 
 
-def nets(key: jax.Array, images: shared.Images, chosen: Size) -> dict[tuple[str, int], shared.Net]:
-    """The pre-trained extractors, white box first."""
+def nets(
+    key: jax.Array, images: shared.Images, chosen: Size, which: Sequence[tuple[str, int]] = (WHITE, *BLACK)
+) -> dict[tuple[str, int], shared.Net]:
+    """The pre-trained extractors."""
     rows = shared.pretraining_rows(images.y, chosen.per_class)
     return {
         (name, k): shared.pretrained(
             jax.random.fold_in(key, k), name, images.x[rows], images.y[rows], num_epochs=chosen.num_epochs
         )
-        for name, k in (WHITE, *BLACK)
+        for name, k in which
     }
 
 
@@ -198,7 +201,7 @@ def score(folders: list[str], *, seed: int = 0) -> list[bool]:
     if len(images.y) != 50_000:
         raise UsageError("folders: expected CIFAR-10 to be prepared, for the published set-ups are of it.")
     net_key, _, victim_key = jax.random.split(jax.random.key(seed), 3)
-    net = nets(net_key, images, SIZES["full"])[WHITE]
+    net = nets(net_key, images, SIZES["full"], [WHITE])[WHITE]
     known = data.poison_setups("transfer_learning")
     found = []
     for folder in folders:
@@ -216,5 +219,7 @@ def score(folders: list[str], *, seed: int = 0) -> list[bool]:
 
 
 if __name__ == "__main__":
+    _machine.choose(None, None)
+    _machine.start(None)
     outcome = score(sys.argv[1:])
     print(f"{sum(outcome)} of {len(outcome)} targets taken for the poisons' class")
