@@ -118,8 +118,7 @@ def best_of(
             result, info = transform(jax.random.fold_in(key, k), subject, known)
             return result, info, loss_fn(result, info)
 
-        restarts = jnp.arange(num_restarts)
-        results, infos, losses = jax.vmap(once)(restarts) if over == "vmap" else jax.lax.map(once, restarts)
+        results, infos, losses = tree.each(once, jnp.arange(num_restarts), over=over)
         best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
         return tree.take(results, best), {"best": tree.take(infos, best), "losses": losses}
 

@@ -83,6 +83,11 @@ def take(tree: Any, rows: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
+def each(fn: Callable[..., Any], *operands: Any, over: str) -> Any:
+    """`fn` of every row of the operands: `over="vmap"` all at once, `"map"` one after another."""
+    return jax.vmap(fn)(*operands) if over == "vmap" else jax.lax.map(lambda row: fn(*row), operands)
+
+
 def per_row(vector: jax.Array, like: jax.Array) -> jax.Array:
     """Reshapes `[n]` so that it multiplies `[n, ...]` without rank promotion."""
     return vector.reshape(vector.shape + (1,) * (like.ndim - vector.ndim))

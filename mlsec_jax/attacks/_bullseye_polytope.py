@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlsec_jax import checks
 from mlsec_jax.attacks import _craft
 from mlsec_jax.base import Algorithm, ApplyFn, Data, Key, Params, Threat
 
@@ -42,7 +41,6 @@ def bullseye_polytope(
     References: Aghakhani et al., EuroS&P 2021, eq. (3)-(5). Deviates from the paper in: a layer's features are one
     vector, not a mean over positions; the target's features are drawn as the poisons' are, once.
     """
-    checks.count("num_draws", num_draws)
     features = _craft.drawn(features_fn, num_draws)
 
     def objective(key: Key, params: Params, poisons: Data, aim: list[jax.Array]) -> tuple[jax.Array, dict]:

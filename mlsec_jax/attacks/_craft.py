@@ -42,13 +42,18 @@ def target(known: Known, by: str) -> Data:
     return goal
 
 
+def rows_of(threat: Threat, by: str) -> jax.Array:
+    """The rows that the poisons stand for."""
+    if threat.rows is None:
+        raise ValueError(f"{by}: expected a threat with rows, such as threat.perturb_rows, got one without.")
+    return jnp.asarray(threat.rows)
+
+
 def craft(
     by: str, prepare: Prepare, objective: Objective, *, threat: Threat, optimizer: optax.GradientTransformation
 ) -> Algorithm:
     """Projected steps of any optax optimizer on `objective`; `prepare` is asked once for what it aims at."""
-    if threat.rows is None:
-        raise ValueError(f"{by}: expected a threat with rows, such as threat.perturb_rows, got one without.")
-    rows = jnp.asarray(threat.rows)
+    rows = rows_of(threat, by)
 
     def init(key: Key, subject: Data, known: Known) -> CraftState:
         checks.data("subject", subject)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,16 +51,17 @@ def gradient_matching(
     only; the aim's gradient is taken without augmentation.
     """
     checks.one_of("over", over, (None, "map", "vmap"))
-    if batch_size is not None:
-        checks.count("batch_size", batch_size, 1)
+    cosine_of = _matching.matcher(loss_fn, augment_fn, batch_size, trainable)
+
+    def networks(fn: Callable[..., Any], *operands: Any) -> Any:
+        return fn(*operands) if over is None else tree.each(fn, *operands, over=over)
 
     def prepare(key: Key, params: Params, goal: Data) -> Params:
         del key
-        return _matching.each(lambda own: _matching.gradient(loss_fn, own, goal, trainable), params, over=over)
+        return networks(lambda own: _matching.gradient(loss_fn, own, goal, trainable), params)
 
     def objective(key: Key, params: Params, poisons: Data, aim: Params) -> tuple[jax.Array, dict]:
-        batched = functools.partial(_matching.cosine, loss_fn, augment_fn, batch_size, trainable)
-        cosine = jnp.mean(_matching.each(lambda own, wanted: batched(key, own, poisons, wanted), params, aim, over=over))
+        cosine = jnp.mean(networks(lambda own, wanted: cosine_of(key, own, poisons, wanted), params, aim))
         return 1 - cosine, {"cosine": cosine}
 
     return _craft.craft("attacks.gradient_matching", prepare, objective, threat=threat, optimizer=optimizer)

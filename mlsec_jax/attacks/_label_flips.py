@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlsec_jax import checks, losses
+from mlsec_jax import checks, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Info, Key, Known, LossFn, OuterFn, Transform
 from mlsec_jax.combine import ModelTransform
 
@@ -147,7 +147,7 @@ def flip_greedy(outer: OuterFn, trainer: Any, *, num_flips: int, num_classes: in
                 params, _ = trainer(key, start, data)
                 return outer(params, data, goal)
 
-            values = jax.vmap(evaluate)(candidates) if over == "vmap" else jax.lax.map(evaluate, candidates)
+            values = tree.each(evaluate, candidates, over=over)
             taken = jnp.tile(flipped | (subject.weight <= 0), num_classes - 1)
             values = jnp.where(taken | jnp.isnan(values), jnp.inf, values)
             best = jnp.argmin(values)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import losses, tree
+from mlsec_jax import checks, losses, tree
 from mlsec_jax.base import Data, Key, LossFn, Params
 
 Augment = Callable[[Key, Data], Data]  # differentiable in the inputs
@@ -21,37 +20,28 @@ def gradient(loss_fn: LossFn, params: Params, data: Data, trainable: tree.Where 
     return jax.grad(lambda own: mean_loss(tree.merge(own, fixed), data))(chosen)
 
 
-def cosine(
-    loss_fn: LossFn,
-    augment_fn: Augment | None,
-    batch_size: int | None,
-    trainable: tree.Where,
-    key: Key,
-    params: Params,
-    poisons: Data,
-    aim: Params,
-) -> jax.Array:
-    """The mean cosine between the aim and the gradients of shuffled batches of poisons."""
-    k = poisons.num_rows
-    size = k if batch_size is None else min(batch_size, k)
-    order_key, augment_key = jax.random.split(key)
-    order = jnp.arange(k) if size == k else jax.random.permutation(order_key, k)
-    num_batches = k // size
+def matcher(
+    loss_fn: LossFn, augment_fn: Augment | None, batch_size: int | None, trainable: tree.Where
+) -> Callable[[Key, Params, Data, Params], jax.Array]:
+    """`(key, params, poisons, aim) -> cosine`: between the aim and gradients of shuffled batches of poisons, their mean."""
+    if batch_size is not None:
+        checks.count("batch_size", batch_size, 1)
 
-    def batch(b: jax.Array) -> jax.Array:
-        data = tree.take(poisons, jax.lax.dynamic_slice_in_dim(order, b * size, size))
-        if augment_fn is not None:
-            data = augment_fn(jax.random.fold_in(augment_key, b), data)
-        return _cosine(gradient(loss_fn, params, data, trainable), aim)
+    def cosine(key: Key, params: Params, poisons: Data, aim: Params) -> jax.Array:
+        k = poisons.num_rows
+        size = k if batch_size is None else min(batch_size, k)
+        order_key, augment_key = jax.random.split(key)
+        order = jnp.arange(k) if size == k else jax.random.permutation(order_key, k)
 
-    return jnp.mean(jax.lax.map(batch, jnp.arange(num_batches)))
+        def batch(b: jax.Array) -> jax.Array:
+            data = tree.take(poisons, jax.lax.dynamic_slice_in_dim(order, b * size, size))
+            if augment_fn is not None:
+                data = augment_fn(jax.random.fold_in(augment_key, b), data)
+            return _cosine(gradient(loss_fn, params, data, trainable), aim)
 
+        return jnp.mean(jax.lax.map(batch, jnp.arange(k // size)))
 
-def each(fn: Callable[..., Any], *operands: Any, over: str | None) -> Any:
-    """`fn` of one network (`over=None`), or of each of several, stacked."""
-    if over is None:
-        return fn(*operands)
-    return jax.vmap(fn)(*operands) if over == "vmap" else jax.lax.map(lambda own: fn(*own), operands)
+    return cosine
 
 
 def _cosine(a: Params, b: Params) -> jax.Array:

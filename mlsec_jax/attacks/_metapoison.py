@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,8 +81,7 @@ def metapoison(
         checks.count(name, value, 1)
     checks.one_of("over", over, ("map", "vmap"))
 
-    def spread(function: Callable, *operands: Any) -> Any:
-        return jax.vmap(function)(*operands) if over == "vmap" else jax.lax.map(lambda a: function(*a), operands)
+    spread = functools.partial(tree.each, over=over)
 
     def plan_of(subject: Data) -> loop.Loop:
         steps = subject.num_rows // batch_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,11 +74,9 @@ def sleeper_agent(
     References: Souri et al., NeurIPS 2022, eq. (4), algorithm 1. Deviates from the paper in: a batch holds poisons only.
     """
     checks.count("retrain_every", retrain_every, 1)
-    if batch_size is not None:
-        checks.count("batch_size", batch_size, 1)
     by = "attacks.sleeper_agent"
-    rows = jnp.asarray(threat.rows)
-    cosine = functools.partial(_matching.cosine, loss_fn, augment_fn, batch_size, trainable)
+    rows = _craft.rows_of(threat, by)
+    cosine = _matching.matcher(loss_fn, augment_fn, batch_size, trainable)
 
     def retrain(key: Key, poison: Any, subject: Data, known: Known) -> tuple[Params, Params]:
         train_key, trigger_key = jax.random.split(key)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -25,18 +28,25 @@ def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlsec_jax"
 
 
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the arrays so that `path` never holds half a file: to a temporary name beside it, then renamed."""
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, so that `path` never holds half of it: under a temporary name beside it, renamed at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # mkstemp's would be readable by its owner only
     try:
         with open(temporary, "wb") as file:
-            # np.savez's own parameters are `file` and `allow_pickle`; no array here is called so.
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            yield file
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the arrays, whole or not at all."""
+    with replacing(path) as file:
+        # np.savez's own parameters are `file` and `allow_pickle`; no array here is called so.
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray] | None:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mlsec_jax.data._cache import replacing
+
 _ALLOWED = {
     ("PIL.Image", "Image"),
     ("numpy", "ndarray"),
@@ -96,8 +98,6 @@ def write_poisons(folder: str | os.PathLike, poisons: PoisonFolder) -> None:
     if len(poisons.x) != len(poisons.y) or len(poisons.x) != len(poisons.base_indices):
         sizes = [len(poisons.x), len(poisons.y), len(poisons.base_indices)]
         raise ValueError(f"poisons: expected as many images as labels and bases, got {sizes}.")
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
     images = [Image.fromarray(to_bytes(x)) for x in poisons.x]
     target: tuple = (Image.fromarray(to_bytes(poisons.target_x)), int(poisons.target_y))
     if poisons.patch is not None and poisons.corner is not None:
@@ -108,9 +108,8 @@ def write_poisons(folder: str | os.PathLike, poisons: PoisonFolder) -> None:
         "target": target,
     }
     for name, content in contents.items():
-        temporary = root / f".{name}.pickle.{os.getpid()}"
-        temporary.write_bytes(pickle.dumps(content, protocol=4))
-        os.replace(temporary, root / f"{name}.pickle")
+        with replacing(Path(folder) / f"{name}.pickle") as file:
+            pickle.dump(content, file, protocol=4)
 
 
 def to_bytes(x: Any) -> np.ndarray:

@@ -55,9 +55,5 @@ def _members(fn: Callable[..., Any], params: Any, x: Any, key: jax.Array | None,
         raise ValueError(f"params: expected leaves that all lead with the members' axis, got {sorted(counts)}.")
     ((members,),) = counts
     keys = None if key is None else jax.random.split(key, members)
-    one = lambda own, k: fn(own, x, k)
-    if over == "map":
-        stacked = jax.lax.map(lambda operands: one(*operands), (params, keys))
-    else:
-        stacked = jax.vmap(one)(params, keys)
+    stacked = tree.each(lambda own, k: fn(own, x, k), params, keys, over=over)
     return tuple(tree.take(stacked, m) for m in range(members))

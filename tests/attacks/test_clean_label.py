@@ -217,6 +217,8 @@ def test_bad_input_is_said():
     labels = threat.flip_labels(jnp.arange(2), budget=1.0)._replace(rows=None)
     with pytest.raises(ValueError, match=r"attacks\.bullseye_polytope: expected a threat with rows"):
         attacks.bullseye_polytope(features, threat=labels, optimizer=DESCEND)
+    with pytest.raises(ValueError, match=r"attacks\.sleeper_agent: expected a threat with rows"):
+        attacks.sleeper_agent(loss_fn, None, None, threat=labels, optimizer=DESCEND)
     with pytest.raises(ValueError, match="num_draws: expected an integer of at least 0"):
         attacks.convex_polytope(features, threat=FREE, optimizer=DESCEND, num_draws=-1)
     with pytest.raises(ValueError, match="optimizer: expected beta = opacity = 0"):
