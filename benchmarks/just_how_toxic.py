@@ -18,6 +18,7 @@ Reference: A. Schwarzschild et al., ICML 2021, table 1.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,29 +77,43 @@ def setups(images: shared.Images, num: int) -> list[data.PoisonSetup]:
     return found
 
 
-def labels_of_targets(
-    key: jax.Array,
-    net: shared.Net,
-    images: shared.Images,
-    trials: list[data.PoisonSetup],
-    poison: jax.Array,
-    num_rows: int,
-) -> np.ndarray:
-    """What a new head, trained on each trial's poisoned set, takes its target for: `[trials]`."""
+class Seen(NamedTuple):
+    """What an extractor makes of the trials' images: the table of all rows that some trial fine-tunes on.
+
+    Attributes:
+      net: the extractor.
+      table: features and labels, `[m, d]`.
+      places: `[trials, n]`, each trial's rows of the table, its bases first.
+      targets: `[trials, d]`.
+    """
+
+    net: shared.Net
+    table: mj.Data
+    places: jax.Array
+    targets: jax.Array
+
+
+def seen(net: shared.Net, images: shared.Images, trials: list[data.PoisonSetup], num_rows: int) -> Seen:
+    """Every image's features, once for all attacks."""
     rows = np.stack([data.fine_tuning_rows(images.y, trial, num_rows=num_rows) for trial in trials])
     used, place = np.unique(rows, return_inverse=True)
     table = mj.dataset(shared.features(net, shared.floats(images.x[used])), jnp.asarray(images.y[used], jnp.int32))
     targets = shared.features(net, shared.floats(images.x_test[[trial.target_index for trial in trials]]))
-    poisons = shared.features(net, poison.reshape(-1, *poison.shape[2:])).reshape(*poison.shape[:2], -1)
-    steps = num_rows // BATCH
+    return Seen(net, table, jnp.asarray(place.reshape(rows.shape)), targets)
+
+
+def labels_of_targets(key: jax.Array, given: Seen, poison: jax.Array) -> np.ndarray:
+    """What a new head, trained on each trial's poisoned set, takes its target for: `[trials]`."""
+    poisons = shared.features(given.net, poison.reshape(-1, *poison.shape[2:])).reshape(*poison.shape[:2], -1)
+    steps = given.places.shape[1] // BATCH
     optimizer = optax.chain(
         optax.add_decayed_weights(2e-4), optax.sgd(shared.stepped(0.01, steps, (30,)), momentum=0.9)
     )
-    head_key, *keys = jax.random.split(key, len(trials) + 1)
-    head = shared.LINEAR.init(head_key, table.x[:1])
+    head_key, *keys = jax.random.split(key, len(given.targets) + 1)
+    head = shared.LINEAR.init(head_key, given.table.x[:1])
     recipe = shared.HeadRecipe(optimizer, EPOCHS, BATCH)
-    places = jnp.asarray(place.reshape(rows.shape))
-    logits = shared.linear_victims(jnp.stack(keys), table, places, poisons, targets[:, None], head, recipe)
+    tests = given.targets[:, None]
+    logits = shared.linear_victims(jnp.stack(keys), given.table, given.places, poisons, tests, head, recipe)
     return np.argmax(np.asarray(logits)[:, 0], axis=1)
 
 
@@ -145,9 +160,10 @@ def run(size: str, seed: int, context: Any) -> Result:
     hits: dict[tuple[str, str], np.ndarray] = {}
     for (net_name, k), net in victims.items():
         figures[f"accuracy_{net_name}{k}"] = shared.accuracy(net, images.x_test[:2000], images.y_test[:2000])
+        given = functools.cache(functools.partial(seen, net, images, trials, num_rows))
         for name, crafted in poisons.items():
-            once = lambda net=net, crafted=crafted: {
-                "label": labels_of_targets(victim_key, net, images, trials, jnp.asarray(crafted["poison"]), num_rows)
+            once = lambda given=given, crafted=crafted: {
+                "label": labels_of_targets(victim_key, given(), jnp.asarray(crafted["poison"]))
             }
             hits[name, net_name] = context.once(f"{name}-{net_name}", once)["label"] == wanted
     boxes = {"white": [WHITE[0]], "black": [name for name, _ in BLACK]}
@@ -213,7 +229,7 @@ def score(folders: list[str], *, seed: int = 0) -> list[bool]:
         moved = np.abs(loaded.x.astype(int) - images.x[trial.base_indices]).max()
         if moved > 9:
             raise UsageError(f"{folder}: expected poisons within 8 levels of their bases (9 with truncation), got {moved}.")
-        label = labels_of_targets(victim_key, net, images, [trial], shared.floats(loaded.x)[None], 2500)
+        label = labels_of_targets(victim_key, seen(net, images, [trial], 2500), shared.floats(loaded.x)[None])
         found.append(bool(label[0] == trial.base_class))
     return found
 

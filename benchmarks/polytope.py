@@ -28,7 +28,7 @@ import optax
 import mlsec_jax as mj
 from benchmarks import _clean_label as shared
 from benchmarks._record import Paper, Result, benchmark
-from mlsec_jax import attacks, bilevel, loop, losses, measure, models, parallel, threat
+from mlsec_jax import attacks, measure, models, parallel, threat
 
 TARGET_CLASS, BASE_CLASS, POISONS = 6, 8, 5
 RADIUS = 0.1
@@ -119,8 +119,8 @@ def judge_end2end(key: jax.Array, net: shared.Net, given: Problem, poison: jax.A
     """Every parameter fine-tuned in evaluation mode, ten epochs of the papers' sixty."""
     steps = given.tuning.num_rows // 64
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.adam(shared.stepped(3e-4, steps, (5, 8))))
-    loss_fn = losses.cross_entropy(net.model.apply)
-    trainer = bilevel.unrolled(loss_fn, optimizer, 10 * steps, batching=loop.shuffled(64))
+    recipe = shared.HeadRecipe(optimizer, 10, 64)
+    trainer = shared.fine_tuning(net.model.apply, recipe, given.tuning.num_rows)
 
     def one(key: jax.Array, poison: jax.Array, target: jax.Array, tuning: mj.Data, params: Any) -> jax.Array:
         rows = tuning._replace(x=tuning.x.at[:POISONS].set(poison))
