@@ -281,3 +281,71 @@ _row(
     budget="number of rows",
     reference="Xiao, Xiao & Eckert, ECAI 2012",
 )
+_row(
+    "attacks.badnets",
+    title="BadNets",
+    goal=("integrity",),
+    knowledge="black",
+    train_trigger="visible",
+    test_trigger="visible",
+    changes="a trigger on chosen rows, and their labels",
+    budget="number of rows; the trigger",
+    reference="Gu, Dolan-Gavitt & Garg, arXiv:1708.06733, 2017",
+)
+
+# Defenses: who defends holds the training data, the model or the inputs; the goal is what is defended.
+
+_row(
+    "scores.influence",
+    title="Influence functions",
+    goal=("integrity", "availability"),
+    changes="removes rows that raise a held-out loss",
+    budget="share removed; clean holdout",
+    reference="Koh & Liang, ICML 2017",
+)
+_row(
+    "scores.sphere",
+    title="Sphere defense",
+    goal=("integrity", "availability"),
+    changes="removes rows far from their class centroid",
+    budget="share removed",
+    reference="Steinhardt, Koh & Liang, NeurIPS 2017",
+)
+_row(
+    "scores.slab",
+    title="Slab defense",
+    goal=("integrity", "availability"),
+    changes="removes rows far from their class centroid, along the line between centroids",
+    budget="share removed",
+    reference="Steinhardt, Koh & Liang, NeurIPS 2017",
+)
+_row(
+    "scores.spectral",
+    title="Spectral signatures",
+    goal=("integrity",),
+    train_trigger="visible",
+    test_trigger="visible",
+    changes="removes rows far out on their class's first principal direction",
+    budget="1.5 ε of each class removed",
+    reference="Tran, Li & Madry, NeurIPS 2018",
+)
+_row(
+    "defenses.clip_weights",
+    title="Weight clipping",
+    goal=("integrity",),
+    capability="model",
+    stage="after training",
+    changes="parameters outside a box",
+    budget="the box",
+    reference="baseline",
+)
+_row(
+    "defenses.noise_weights",
+    title="Weight noise",
+    goal=("integrity",),
+    capability="model",
+    stage="after training",
+    changes="all parameters, at random",
+    budget="scale of the noise",
+    reference="baseline",
+)

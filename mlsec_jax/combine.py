@@ -176,6 +176,9 @@ class StraightThrough(NamedTuple):
     temperature: Any
 
 
+Surrogate = str | Soft | StraightThrough  # "hard", or the name of what stands for its derivative
+
+
 def soft(temperature: Any) -> Soft:
     """Names the soft surrogate for `filter_top(gradient=...)`."""
     checks.above("temperature", temperature, 0)
@@ -189,7 +192,12 @@ def straight_through(temperature: Any) -> StraightThrough:
 
 
 def filter_top(
-    scorer: Scorer, *, fraction: Any, gradient: str | Soft | StraightThrough = "hard", reads_model: bool = True
+    scorer: Scorer,
+    *,
+    fraction: Any,
+    gradient: Surrogate = "hard",
+    reads_model: bool = True,
+    num_classes: int | None = None,
 ) -> Transform:
     """Makes a sanitizer of any scorer: the `fraction` of the present rows that look most suspicious get weight 0.
 
@@ -203,35 +211,80 @@ def filter_top(
       fraction: of the present rows, in [0, 1].
       gradient: `"hard"`, `soft(temperature)` or `straight_through(temperature)`.
       reads_model: whether the scorer needs a model; `defended` then trains a probe for it.
+      num_classes: with it the fraction is of each class on its own, by integer label (spectral signatures); None: of all.
+
+    Returns:
+      A transform of `Data`; its info holds `keep [n]` (bool), `score [n]`, `threshold` (`[num_classes]` with classes) and
+      `num_removed` (likewise).
+    """
+    checks.between("fraction", fraction, 0.0, 1.0)
+    _check_surrogate(gradient)
+
+    def cut(score: jax.Array, subject: Data) -> tuple[jax.Array, jax.Array, dict]:
+        group = jnp.zeros(score.shape, jnp.int32) if num_classes is None else subject.y
+        present = subject.weight > 0
+        ordered = jnp.argsort(jnp.where(present, -score, jnp.inf), stable=True)
+        ordered = ordered[jnp.argsort(jnp.where(present, group, num_classes or 1)[ordered], stable=True)]
+        member = present[None] & (group[None] == jnp.arange(num_classes or 1, dtype=group.dtype)[:, None])
+        count = jnp.sum(member, axis=1, dtype=jnp.int32)
+        first = jnp.cumsum(count) - count
+        place = jnp.zeros(score.shape, jnp.int32).at[ordered].set(jnp.arange(score.size, dtype=jnp.int32))
+        removed = jnp.floor(jnp.asarray(fraction, score.dtype) * count.astype(score.dtype) + 1e-6).astype(jnp.int32)
+        keep = present & (place - first[group] >= removed[group])
+        at = lambda index: score[ordered[jnp.clip(index, 0, score.size - 1)]]
+        threshold = jnp.where(removed > 0, (at(first + removed - 1) + at(first + removed)) / 2, jnp.inf)
+        for_people = (lambda v: v[0]) if num_classes is None else (lambda v: v)
+        return keep, threshold[group], {"threshold": for_people(threshold), "num_removed": for_people(removed)}
+
+    return _filter(scorer, cut, gradient, reads_model)
+
+
+def filter_above(
+    scorer: Scorer, *, threshold: Any, gradient: Surrogate = "hard", reads_model: bool = True
+) -> Transform:
+    """Makes a sanitizer of any scorer: present rows that score more than the threshold get weight 0.
+
+    Args:
+      scorer: as in `filter_top`.
+      threshold: a number.
+      gradient: as in `filter_top`.
+      reads_model: as in `filter_top`.
 
     Returns:
       A transform of `Data`; its info holds `keep [n]` (bool), `score [n]`, `threshold` and `num_removed`.
     """
-    checks.between("fraction", fraction, 0.0, 1.0)
+    _check_surrogate(gradient)
+
+    def cut(score: jax.Array, subject: Data) -> tuple[jax.Array, jax.Array, dict]:
+        level = jnp.asarray(threshold, score.dtype)
+        keep = (subject.weight > 0) & (score <= level)
+        removed = jnp.sum((subject.weight > 0) & ~keep, dtype=jnp.int32)
+        return keep, jnp.broadcast_to(level, score.shape), {"threshold": level, "num_removed": removed}
+
+    return _filter(scorer, cut, gradient, reads_model)
+
+
+def _check_surrogate(gradient: Any) -> None:
     if gradient != "hard" and not isinstance(gradient, (Soft, StraightThrough)):
         raise ValueError(f"gradient: expected 'hard', soft(t) or straight_through(t), got {gradient!r}.")
 
+
+def _filter(scorer: Scorer, cut: Callable, gradient: Surrogate, reads_model: bool) -> Transform:
+    """Weighs rows by `cut: (score, subject) -> (keep [n], threshold of each row [n], info)`."""
+
     def transform(key: Key, subject: Data, known: Known) -> tuple[Data, Info]:
-        params = known.require("params", by="filter_top") if reads_model else None
+        params = known.require("params", by="filter") if reads_model else None
         score = scorer(key, params, subject, known)
-        present = subject.weight > 0
-        ordered = jnp.argsort(jnp.where(present, -score, jnp.inf), stable=True)
-        rank = jnp.zeros(score.shape, jnp.int32).at[ordered].set(jnp.arange(score.size, dtype=jnp.int32))
-        count = jnp.sum(present.astype(score.dtype))
-        removed = jnp.floor(jnp.asarray(fraction, score.dtype) * count + 1e-6).astype(jnp.int32)
-        keep = present & (rank >= removed)
-        last_out = score[ordered[jnp.clip(removed - 1, 0, score.size - 1)]]
-        first_in = score[ordered[jnp.clip(removed, 0, score.size - 1)]]
-        threshold = jnp.where(removed > 0, (last_out + first_in) / 2, jnp.inf)
+        keep, threshold, info = cut(score, subject)
         factor = keep.astype(score.dtype)
         if isinstance(gradient, (Soft, StraightThrough)):
-            gap = jnp.where(removed > 0, (last_out + first_in) / 2 - score, 0)
-            smooth = jnp.where(removed > 0, jax.nn.sigmoid(gap / jnp.asarray(gradient.temperature, score.dtype)), 1)
+            finite = jnp.isfinite(threshold)
+            gap = jnp.where(finite, threshold - score, 0)
+            smooth = jnp.where(finite, jax.nn.sigmoid(gap / jnp.asarray(gradient.temperature, score.dtype)), 1)
             hard = factor + smooth - jax.lax.stop_gradient(smooth)
             factor = smooth if isinstance(gradient, Soft) else hard
         weight = subject.weight * factor.astype(subject.weight.dtype)
-        info = {"keep": keep, "score": score, "threshold": threshold, "num_removed": removed}
-        return subject._replace(weight=weight), info
+        return subject._replace(weight=weight), {"keep": keep, "score": score, **info}
 
     return ModelTransform(transform) if reads_model else transform
 

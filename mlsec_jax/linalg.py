@@ -149,3 +149,55 @@ def nearest_in_hull(gram: jax.Array) -> jax.Array:
     start = first.astype(gram.dtype)
     state = (start, first, start @ (gram @ start), jnp.asarray(False), jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(lambda s: ~s[3] & (s[4] < 4 * k), outer, state)[0]
+
+
+def top_eigenvector(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, *, num_steps: int = 32) -> jax.Array:
+    """The unit eigenvector of the largest eigenvalue of a symmetric positive semi-definite map, by Lanczos.
+
+    Reorthogonalised fully. Its derivative is that of the eigenvector itself (implicit: `(A - λ I) dv = -(I - v vᵀ) dA v`, by
+    conjugate gradients), not of the iteration; it is meaningful where the largest eigenvalue is simple.
+
+    Args:
+      matvec: `[d] -> [d]`.
+      start: `[d]`, not orthogonal to the answer; its sign is arbitrary.
+      num_steps: static; at most d are taken.
+
+    Returns:
+      `[d]`; the start, normalised, for the zero map.
+
+    >>> v = top_eigenvector(lambda u: jnp.array([1.0, 3.0]) * u, jnp.array([1.0, 1.0]))
+    >>> jnp.abs(v).round(3).tolist()
+    [0.0, 1.0]
+    """
+    num_steps = min(num_steps, start.size)
+    fixed = lambda u: jax.lax.stop_gradient(matvec(jax.lax.stop_gradient(u)))
+    unit = lambda u: u / jnp.where(jnp.vdot(u, u) > 0, jnp.sqrt(jnp.where(jnp.vdot(u, u) > 0, jnp.vdot(u, u), 1)), 1)
+    tiny = jnp.finfo(start.dtype).eps
+
+    def body(carry: tuple[jax.Array, jax.Array], k: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        basis, q = carry
+        basis = basis.at[k].set(q)
+        rest = fixed(q)
+        along, size = jnp.vdot(q, rest), jnp.sqrt(jnp.vdot(rest, rest))
+        for _ in range(2):
+            rest = rest - basis.T @ (basis @ rest)
+        beta = jnp.sqrt(jnp.vdot(rest, rest))
+        done = beta <= 100 * tiny * size
+        return (basis, jnp.where(done, 0, rest / jnp.where(done, 1, beta))), (along, jnp.where(done, 0, beta))
+
+    first = unit(jax.lax.stop_gradient(start))
+    (basis, _), (alpha, beta) = jax.lax.scan(body, (jnp.zeros((num_steps, start.size), start.dtype), first),
+                                             jnp.arange(num_steps))  # fmt: skip
+    off = jnp.diag(beta[:-1], 1)
+    _, ritz = jnp.linalg.eigh(jnp.diag(alpha) + off + off.T)
+    v = unit(basis.T @ ritz[:, -1])
+    v = jax.lax.stop_gradient(jnp.where(jnp.vdot(v, v) > 0, v, first))
+
+    def negative(u: jax.Array) -> jax.Array:
+        """λ I - A on the complement of v, and 2 λ + 2 along it: positive definite where λ is simple."""
+        return jnp.vdot(v, fixed(v)) * u - fixed(u) + (jnp.vdot(v, fixed(v)) + 2) * jnp.vdot(v, u) * v
+
+    image = matvec(v)
+    residual = image - jnp.vdot(v, image) * v
+    change = residual - jax.lax.stop_gradient(residual)  # zero, and all of the derivative
+    return v + jax.scipy.sparse.linalg.cg(negative, change, tol=1e-6, maxiter=4 * start.size)[0]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlsec_jax import attacks, bilevel, losses, scores, threat
+from mlsec_jax import attacks, bilevel, defenses, losses, scores, threat
 from tests import problems
 
 
@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
       name: `room.method`.
-      kind: attack, trainer, threat, transform or scorer.
+      kind: attack, trainer, threat, transform (of data), repair (of parameters) or scorer.
       build: `(problem, budget) -> method`; budget is a float hyper-parameter (radius, rate…) that may be a tracer.
       problem: how the shared problem is turned into the method's own.
       zero: `problem -> method` that may change nothing; None where the idea has no meaning.
@@ -153,6 +153,12 @@ def _sleeper(problem, **reach):
     return attacks.sleeper_agent(problem.loss_fn, trainer, trigger, optimizer=ADAM, retrain_every=10, **reach)
 
 
+TRIGGERS = {  # on the rows of the shared problem, which are no images
+    "blend": lambda opacity: threat.blend(jnp.ones(problems.DIM), opacity=opacity),
+    "additive": lambda radius: threat.additive(jnp.full(problems.DIM, 0.1), radius=radius),
+}
+
+
 def _machine(problem):
     """The binary problem with a kernel machine, whose parameters are the rows themselves."""
     problem = problems.binary(problem)
@@ -263,6 +269,27 @@ ROWS = [
         lambda problem, r: threat.reweigh(problem.touched, radius=r),
         zero=lambda problem: threat.reweigh(problem.touched, radius=0.0),
     ),
+    *(
+        Row(
+            f"threat.backdoor({name})",
+            "threat",
+            lambda problem, budget, make=make: threat.backdoor(
+                make(budget), problem.touched, relabel=threat.to_next(problems.CLASSES)
+            ),
+            zero=lambda problem, make=make: threat.backdoor(
+                make(0.3), jnp.zeros(0, jnp.int32), relabel=threat.to_class(1)
+            ),
+        )
+        for name, make in TRIGGERS.items()
+    ),
+    Row(
+        "attacks.badnets",
+        "transform",
+        lambda problem, _: attacks.badnets(TRIGGERS["blend"](0.3), num_poisons=3, relabel=threat.to_class(0)),
+        zero=lambda problem: attacks.badnets(TRIGGERS["blend"](0.3), num_poisons=0, relabel=threat.to_class(0)),
+        targeted=False,
+        full_batch=False,
+    ),
     Row(
         "attacks.flip_random",
         "transform",
@@ -304,8 +331,26 @@ ROWS = [
         zero=lambda problem: _kkt_sanitized(problem, 0),
         targeted=False,  # it reads the holdout, not a goal
     ),
+    Row(
+        "defenses.clip_weights",
+        "repair",
+        lambda problem, radius: defenses.clip_weights(radius),
+        zero=lambda problem: defenses.clip_weights(jnp.inf),
+    ),
+    Row(
+        "defenses.noise_weights",
+        "repair",
+        lambda problem, scale: defenses.noise_weights(scale),
+        zero=lambda problem: defenses.noise_weights(0.0),
+    ),
     Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
     Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),
+    Row(
+        "scores.spectral",
+        "scorer",
+        lambda problem, _: scores.spectral(lambda params, x, key=None: x, num_classes=problems.CLASSES),
+        translation_invariant=True,
+    ),
     Row(
         "scores.influence",
         "scorer",
@@ -316,7 +361,18 @@ ROWS = [
 # Public names of the attack room that are no methods: orders, starts, goals, pieces.
 HELPERS = {
     "scores.within_class",
+    "threat.Relabel",
+    "threat.Trigger",
+    "threat.additive",
+    "threat.blend",
+    "threat.patch",
+    "threat.pixel",
     "threat.reserve",
+    "threat.stripes",
+    "threat.to_class",
+    "threat.to_next",
+    "threat.triggered",
+    "threat.warp",
     "attacks.Transferred",
     "attacks.error_specific_goal",
     "attacks.greedy",

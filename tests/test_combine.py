@@ -181,3 +181,33 @@ def test_greedy_moves_one_point_at_a_time_and_adds_them_in_turn():
 def test_bad_input_is_named(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_filter_above_is_a_threshold_and_its_surrogate_has_the_sigmoids_slope():
+    data = mj.dataset(jnp.zeros((4, 1)), jnp.zeros(4, jnp.int32), jnp.array([1.0, 1.0, 0.0, 2.0]))
+    value = jnp.array([0.1, 0.9, 5.0, 0.7])
+    scorer = lambda key, params, data, known: value
+    hard, info = combine.filter_above(scorer, threshold=0.7, reads_model=False)(jax.random.key(0), data, mj.Known())
+    assert hard.weight.tolist() == [1, 0, 0, 2] and int(info["num_removed"]) == 1
+
+    def weight(shift):
+        moved = lambda *args: value + shift
+        soft = combine.filter_above(moved, threshold=0.7, gradient=combine.soft(0.2), reads_model=False)
+        return soft(jax.random.key(0), data, mj.Known())[0].weight[0]
+
+    s = jax.nn.sigmoid(0.6 / 0.2)
+    assert jnp.allclose(jax.grad(weight)(0.0), -s * (1 - s) / 0.2, rtol=1e-5)
+
+
+def test_filter_top_of_each_class_is_the_filter_of_each_class_alone():
+    y = jnp.array([0, 1, 0, 1, 1, 0, 1, 0, 0, 1], jnp.int32)
+    data = mj.dataset(jnp.zeros((10, 1)), y, jnp.ones(10).at[9].set(0))
+    score = jax.random.normal(jax.random.key(0), (10,))
+    scorer = lambda key, params, data, known: score
+    options = dict(fraction=0.5, reads_model=False, gradient=combine.soft(0.3))
+    both, info = combine.filter_top(scorer, num_classes=2, **options)(jax.random.key(0), data, mj.Known())
+    for c in range(2):
+        only = data._replace(weight=jnp.where(y == c, data.weight, 0))
+        alone, its = combine.filter_top(scorer, **options)(jax.random.key(0), only, mj.Known())
+        assert jnp.allclose(jnp.where(y == c, both.weight, 0), alone.weight)
+        assert info["threshold"][c] == its["threshold"] and info["num_removed"][c] == its["num_removed"]

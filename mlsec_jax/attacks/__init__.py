@@ -1,5 +1,6 @@
 """Attacks: assemblies of threats, trainers and losses, one published method a file."""
 
+from mlsec_jax.attacks._badnets import badnets
 from mlsec_jax.attacks._bilevel import bilevel, greedy, joint, require_alive, unit_rows
 from mlsec_jax.attacks._bullseye_polytope import bullseye_polytope
 from mlsec_jax.attacks._convex_polytope import convex_polytope
@@ -32,6 +33,7 @@ from mlsec_jax.attacks._svm_kkt import svm_kkt
 __all__ = [
     "Transferred",
     "availability",
+    "badnets",
     "bilevel",
     "bullseye_polytope",
     "convex_polytope",

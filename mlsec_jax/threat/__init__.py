@@ -1,6 +1,38 @@
-"""Who may change what: constructors of `Threat`."""
+"""Who may change what: constructors of `Threat`, and of the triggers that one of them stamps."""
 
 from mlsec_jax.threat._labels import flip_labels, reweigh
 from mlsec_jax.threat._rows import append_rows, perturb_rows, reserve
+from mlsec_jax.threat._triggers import (
+    Relabel,
+    Trigger,
+    additive,
+    backdoor,
+    blend,
+    patch,
+    pixel,
+    stripes,
+    to_class,
+    to_next,
+    triggered,
+    warp,
+)
 
-__all__ = ["append_rows", "flip_labels", "perturb_rows", "reserve", "reweigh"]
+__all__ = [
+    "Relabel",
+    "Trigger",
+    "additive",
+    "append_rows",
+    "backdoor",
+    "blend",
+    "flip_labels",
+    "patch",
+    "perturb_rows",
+    "pixel",
+    "reserve",
+    "reweigh",
+    "stripes",
+    "to_class",
+    "to_next",
+    "triggered",
+    "warp",
+]

@@ -8,14 +8,14 @@ from tests import registry
 
 def test_every_public_name_of_the_method_rooms_is_registered():
     registered = {row.name.split("(")[0] for row in registry.ROWS}
-    for room in ("attacks", "scores", "threat"):
+    for room in ("attacks", "defenses", "scores", "threat"):
         public = {f"{room}.{name}" for name in importlib.import_module(f"mlsec_jax.{room}").__all__}
         missing = public - registered - registry.HELPERS
         assert not missing, f"add a row to tests/registry.py for {sorted(missing)}"
     assert registry.HELPERS.isdisjoint(registered)
 
 
-def test_every_registered_attack_is_in_the_catalogue_and_back():
-    listed = {method.name for method in catalogue.rows()}
-    attacks = {row.name for row in registry.ROWS if row.name.startswith("attacks.")}
-    assert attacks == {name for name in listed if name.startswith("attacks.")}
+def test_every_registered_method_is_in_the_catalogue_and_back():
+    rooms = ("attacks.", "scores.", "defenses.")
+    registered = {row.name.split("(")[0] for row in registry.ROWS if row.name.startswith(rooms)}
+    assert registered == {method.name for method in catalogue.rows()}
