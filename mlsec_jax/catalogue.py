@@ -292,6 +292,17 @@ _row(
     budget="number of rows; the trigger",
     reference="Gu, Dolan-Gavitt & Garg, arXiv:1708.06733, 2017",
 )
+_row(
+    "attacks.pruning_aware",
+    title="Pruning-aware backdoor",
+    goal=("integrity",),
+    train_trigger="visible",
+    test_trigger="visible",
+    changes="the training: the backdoor in channels that clean data need, dormant decoys beside them",
+    budget="the poisons; number of decoys",
+    reference="Liu, Dolan-Gavitt & Garg, RAID 2018",
+)
+
 
 # Defenses: who defends holds the training data, the model or the inputs; the goal is what is defended.
 
@@ -348,4 +359,28 @@ _row(
     changes="all parameters, at random",
     budget="scale of the noise",
     reference="baseline",
+)
+_row(
+    "defenses.fine_prune",
+    title="Fine-pruning",
+    goal=("integrity",),
+    capability="model",
+    train_trigger="visible",
+    test_trigger="visible",
+    stage="after training",
+    changes="channels that clean data leave dormant, then all parameters",
+    budget="points of held-out accuracy; clean data",
+    reference="Liu, Dolan-Gavitt & Garg, RAID 2018",
+)
+_row(
+    "defenses.channel_lipschitz",
+    title="Channel-Lipschitz pruning",
+    goal=("integrity",),
+    capability="model",
+    train_trigger="visible",
+    test_trigger="visible",
+    stage="after training",
+    changes="channels whose Lipschitz bound stands out in their layer",
+    budget="standard deviations above the layer's mean; no data",
+    reference="Zheng, Tang, Li & Liu, ECCV 2022",
 )

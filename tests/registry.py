@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlsec_jax import attacks, bilevel, defenses, losses, scores, threat
+from mlsec_jax import attacks, bilevel, channels, defenses, losses, scores, threat
 from tests import problems
 
 
@@ -157,6 +157,22 @@ TRIGGERS = {  # on the rows of the shared problem, which are no images
     "blend": lambda opacity: threat.blend(jnp.ones(problems.DIM), opacity=opacity),
     "additive": lambda radius: threat.additive(jnp.full(problems.DIM, 0.1), radius=radius),
 }
+
+
+def _logits(problem):
+    """The model's outputs as the channels of a layer."""
+    return channels.layer("", lambda params, x: jax.nn.relu(problem.apply_fn(params, x)))
+
+
+def _pruning_aware(problem, margin, num_pruned=1, num_steps=5):
+    return attacks.pruning_aware(
+        problem.loss_fn,
+        _logits(problem),
+        poison=attacks.badnets(TRIGGERS["blend"](0.3), num_poisons=3, relabel=threat.to_class(0)),
+        trainer_fn=lambda loss_fn: bilevel.unrolled(loss_fn, MOMENTUM, num_steps),
+        num_pruned=num_pruned,
+        margin=margin,
+    )
 
 
 def _machine(problem):
@@ -342,6 +358,26 @@ ROWS = [
         "repair",
         lambda problem, scale: defenses.noise_weights(scale),
         zero=lambda problem: defenses.noise_weights(0.0),
+    ),
+    Row(
+        "defenses.fine_prune",
+        "repair",
+        lambda problem, budget: defenses.fine_prune(
+            problem.apply_fn, _logits(problem), budget=budget, trainer_fn=lambda loss_fn: bilevel.unrolled(loss_fn, MOMENTUM, 5)
+        ),
+        zero=lambda problem: defenses.fine_prune(problem.apply_fn, _logits(problem), max_pruned=0),
+    ),
+    Row(
+        "defenses.channel_lipschitz",
+        "repair",
+        lambda problem, u: defenses.channel_lipschitz(u=u, weights=lambda path, leaf: leaf.ndim == 2),
+        zero=lambda problem: defenses.channel_lipschitz(u=jnp.inf, weights=lambda path, leaf: leaf.ndim == 2),
+    ),
+    Row(
+        "attacks.pruning_aware",
+        "repair",  # of nothing, but a transform of parameters
+        _pruning_aware,
+        zero=lambda problem: _pruning_aware(problem, 0.3, num_pruned=0, num_steps=0),
     ),
     Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
     Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVELS = ["base checks tree", "linalg", "losses threat measure", "loop", "combine", "bilevel scores", "train attacks defenses"]
+LEVELS = ["base checks tree", "linalg", "losses threat measure", "loop channels", "combine", "bilevel scores"]
+LEVELS += ["train attacks defenses"]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 ANNEX = {"models", "data", "catalogue", "parallel", "drive", "memo", "_checkpoint"}
 BESIDE = {("drive", "_checkpoint"), ("memo", "_checkpoint"), ("memo", "data"), ("memo", "__version__")}
