@@ -1,5 +1,22 @@
 """Defenses: transforms of batches and parameters, trainers, inspectors and certified ensembles, one method a file."""
 
+from mlsec_jax.defenses._abl import abl, flooding, unlearning
+from mlsec_jax.defenses._cutmix import cutmix
+from mlsec_jax.defenses._cutout import cutout
+from mlsec_jax.defenses._gradient_shaping import gradient_shaping
+from mlsec_jax.defenses._max_up import max_up
+from mlsec_jax.defenses._mixup import mixup
 from mlsec_jax.defenses._weights import clip_weights, noise_weights
 
-__all__ = ["clip_weights", "noise_weights"]
+__all__ = [
+    "abl",
+    "clip_weights",
+    "cutmix",
+    "cutout",
+    "flooding",
+    "gradient_shaping",
+    "max_up",
+    "mixup",
+    "noise_weights",
+    "unlearning",
+]
