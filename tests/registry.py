@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
       name: `room.method`.
-      kind: attack, trainer, threat, transform (of data), repair (of parameters) or scorer.
+      kind: attack, trainer, threat, transform (of data), batch (transform of a batch), repair (of parameters) or scorer.
       build: `(problem, budget) -> method`; budget is a float hyper-parameter (radius, rate…) that may be a tracer.
       problem: how the shared problem is turned into the method's own.
       zero: `problem -> method` that may change nothing; None where the idea has no meaning.
@@ -188,6 +188,32 @@ def _trainer(name, make, **options):
     return Row(name, "trainer", lambda problem, rate: make(problem, rate), **options)
 
 
+def _pictures(problem):
+    """The rows as images of 2 x 2 pixels."""
+    return problem._replace(train=problem.train._replace(x=problem.train.x.reshape(-1, 2, 2, 1)))
+
+
+def _worst_shift(problem, rate):
+    shift = lambda key, data: data._replace(x=data.x + 0.1 * jax.random.normal(key, (1, problems.DIM), data.x.dtype))
+    return bilevel.unrolled(defenses.max_up(problem.loss_fn, shift, num_trials=3), optax.sgd(rate), 5)
+
+
+def _shaped(problem, rate):
+    shaped = defenses.gradient_shaping(batch_size=float(problems.NUM_ROWS), noise_multiplier=0.1)
+    return bilevel.unrolled(problem.loss_fn, optax.sgd(rate), 5, grad_fn=shaped)
+
+
+def _abl(problem, rate):
+    fit = lambda num_steps, **slots: bilevel.unrolled(problem.loss_fn, optax.sgd(rate), num_steps, **slots)
+    return defenses.abl(
+        problem.loss_fn,
+        isolate=fit(3, grad_fn=defenses.flooding(0.2)),
+        refine=fit(5),
+        unlearn=fit(2, grad_fn=defenses.unlearning(until=jnp.log(3.0), clip_norm=0.1)),
+        num_isolated=2,
+    )
+
+
 def _objective(problem, l2):
     return losses.regularised(problem.loss_fn, l2=l2, penalise=None)
 
@@ -348,6 +374,29 @@ ROWS = [
         targeted=False,  # it reads the holdout, not a goal
     ),
     Row(
+        "defenses.mixup",
+        "batch",
+        lambda problem, alpha: defenses.mixup(num_classes=problems.CLASSES, ways=3, alpha=alpha),
+        zero=lambda problem: defenses.mixup(num_classes=problems.CLASSES, ways=1),
+    ),
+    Row(
+        "defenses.cutmix",
+        "batch",
+        lambda problem, alpha: defenses.cutmix(num_classes=problems.CLASSES, alpha=alpha, probability=1.0),
+        zero=lambda problem: defenses.cutmix(num_classes=problems.CLASSES, probability=0.0),
+        problem=_pictures,
+    ),
+    Row(
+        "defenses.cutout",
+        "batch",
+        lambda problem, fill: defenses.cutout(side=1, fill=fill),
+        zero=lambda problem: defenses.cutout(side=0),
+        problem=_pictures,
+    ),
+    _trainer("defenses.max_up", _worst_shift),
+    _trainer("defenses.gradient_shaping", _shaped),
+    _trainer("defenses.abl", _abl),
+    Row(
         "defenses.clip_weights",
         "repair",
         lambda problem, radius: defenses.clip_weights(radius),
@@ -396,6 +445,8 @@ ROWS = [
 
 # Public names of the attack room that are no methods: orders, starts, goals, pieces.
 HELPERS = {
+    "defenses.flooding",
+    "defenses.unlearning",
     "scores.within_class",
     "threat.Relabel",
     "threat.Trigger",

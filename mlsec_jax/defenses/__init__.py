@@ -5,3 +5,23 @@ from mlsec_jax.defenses._fine_prune import fine_prune
 from mlsec_jax.defenses._weights import clip_weights, noise_weights
 
 __all__ = ["channel_lipschitz", "clip_weights", "fine_prune", "noise_weights"]
+from mlsec_jax.defenses._abl import abl, flooding, unlearning
+from mlsec_jax.defenses._cutmix import cutmix
+from mlsec_jax.defenses._cutout import cutout
+from mlsec_jax.defenses._gradient_shaping import gradient_shaping
+from mlsec_jax.defenses._max_up import max_up
+from mlsec_jax.defenses._mixup import mixup
+from mlsec_jax.defenses._weights import clip_weights, noise_weights
+
+__all__ = [
+    "abl",
+    "clip_weights",
+    "cutmix",
+    "cutout",
+    "flooding",
+    "gradient_shaping",
+    "max_up",
+    "mixup",
+    "noise_weights",
+    "unlearning",
+]
