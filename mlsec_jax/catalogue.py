@@ -349,3 +349,14 @@ _row(
     budget="scale of the noise",
     reference="baseline",
 )
+_row(
+    "defenses.februus",
+    title="Februus",
+    goal=("integrity",),
+    capability="test data",
+    test_trigger="visible",
+    stage="at test",
+    changes="repaints what the network looks at",
+    budget="pixels of heat τ or more; unlabelled clean images for the fill",
+    reference="Doan, Abbasnejad & Ranasinghe, ACSAC 2020",
+)

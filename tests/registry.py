@@ -159,6 +159,11 @@ TRIGGERS = {  # on the rows of the shared problem, which are no images
 }
 
 
+def _februus(tau):
+    split = lambda params, x: (x, lambda maps: maps.reshape(maps.shape[0], -1) @ params["w"])
+    return defenses.februus(defenses.grad_cam(split), fill_fn=defenses.fill_harmonic(num_steps=4), tau=tau)
+
+
 def _machine(problem):
     """The binary problem with a kernel machine, whose parameters are the rows themselves."""
     problem = problems.binary(problem)
@@ -343,6 +348,14 @@ ROWS = [
         lambda problem, scale: defenses.noise_weights(scale),
         zero=lambda problem: defenses.noise_weights(0.0),
     ),
+    Row(
+        "defenses.februus",
+        "transform",
+        lambda problem, _: _februus(0.5),
+        problem=problems.images,
+        zero=lambda problem: _februus(1.5),
+        targeted=False,
+    ),
     Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
     Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),
     Row(
@@ -360,6 +373,11 @@ ROWS = [
 
 # Public names of the attack room that are no methods: orders, starts, goals, pieces.
 HELPERS = {
+    "defenses.fill_harmonic",
+    "defenses.fill_mean",
+    "defenses.fill_network",
+    "defenses.grad_cam",
+    "defenses.split_at",
     "scores.within_class",
     "threat.Relabel",
     "threat.Trigger",
