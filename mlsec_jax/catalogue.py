@@ -447,4 +447,13 @@ _row(
     changes="training: rows that are learned first are isolated and unlearned",
     budget="number of isolated rows",
     reference="Li et al., NeurIPS 2021",
+    "defenses.februus",
+    title="Februus",
+    goal=("integrity",),
+    capability="test data",
+    test_trigger="visible",
+    stage="at test",
+    changes="repaints what the network looks at",
+    budget="pixels of heat τ or more; unlabelled clean images for the fill",
+    reference="Doan, Abbasnejad & Ranasinghe, ACSAC 2020",
 )

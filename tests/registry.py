@@ -173,6 +173,9 @@ def _pruning_aware(problem, margin, num_pruned=1, num_steps=5):
         num_pruned=num_pruned,
         margin=margin,
     )
+def _februus(tau):
+    split = lambda params, x: (x, lambda maps: maps.reshape(maps.shape[0], -1) @ params["w"])
+    return defenses.februus(defenses.grad_cam(split), fill_fn=defenses.fill_harmonic(num_steps=4), tau=tau)
 
 
 def _machine(problem):
@@ -427,6 +430,12 @@ ROWS = [
         "repair",  # of nothing, but a transform of parameters
         _pruning_aware,
         zero=lambda problem: _pruning_aware(problem, 0.3, num_pruned=0, num_steps=0),
+        "defenses.februus",
+        "transform",
+        lambda problem, _: _februus(0.5),
+        problem=problems.images,
+        zero=lambda problem: _februus(1.5),
+        targeted=False,
     ),
     Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
     Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),
@@ -447,6 +456,11 @@ ROWS = [
 HELPERS = {
     "defenses.flooding",
     "defenses.unlearning",
+    "defenses.fill_harmonic",
+    "defenses.fill_mean",
+    "defenses.fill_network",
+    "defenses.grad_cam",
+    "defenses.split_at",
     "scores.within_class",
     "threat.Relabel",
     "threat.Trigger",

@@ -1,6 +1,7 @@
 """Victims' presets of the differentiable trainers."""
 
 from mlsec_jax.train._augment import augment
+from mlsec_jax.train._inpainting import InpaintingRecipe, pretrain_inpainter, random_holes
 from mlsec_jax.train._presets import (
     elastic_net,
     fine_tuned_head,
@@ -13,6 +14,7 @@ from mlsec_jax.train._presets import (
 from mlsec_jax.train._pretrain import Recipe, pretrain
 
 __all__ = [
+    "InpaintingRecipe",
     "Recipe",
     "augment",
     "elastic_net",
@@ -21,6 +23,8 @@ __all__ = [
     "lasso",
     "logistic_regression",
     "pretrain",
+    "pretrain_inpainter",
+    "random_holes",
     "ridge",
     "scratch",
 ]
