@@ -125,7 +125,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     for source, target, trigger, epsilon in context.progress(cases, "rows"):
         key = jax.random.fold_in(context.key, 10 * target + round(100 * epsilon))
         name = f"{CLASSES[target]}_{round(100 * epsilon)}"
-        row = context.once(name, lambda c=(source, target, trigger, epsilon), k=key: one_row(k, pool, *c, chosen))
+        row = context.once(name, lambda c=(source, target, trigger), e=epsilon, k=key: one_row(k, pool, *c, e, chosen))
         figures |= {f"{figure}_{name}": value for figure, value in row.items()}
     reductions = [*pool.notes, GROUP_NORM, f"{chosen.per_class} images of each class, {chosen.epochs} epochs"]
     reductions.append("the features are the network's last, not the tensor that enters its last block")

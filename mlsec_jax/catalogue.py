@@ -292,17 +292,6 @@ _row(
     budget="number of rows; the trigger",
     reference="Gu, Dolan-Gavitt & Garg, arXiv:1708.06733, 2017",
 )
-_row(
-    "attacks.pruning_aware",
-    title="Pruning-aware backdoor",
-    goal=("integrity",),
-    train_trigger="visible",
-    test_trigger="visible",
-    changes="the training: the backdoor in channels that clean data need, dormant decoys beside them",
-    budget="the poisons; number of decoys",
-    reference="Liu, Dolan-Gavitt & Garg, RAID 2018",
-)
-
 
 # Defenses: who defends holds the training data, the model or the inputs; the goal is what is defended.
 
@@ -361,6 +350,16 @@ _row(
     reference="baseline",
 )
 _row(
+    "attacks.pruning_aware",
+    title="Pruning-aware backdoor",
+    goal=("integrity",),
+    train_trigger="visible",
+    test_trigger="visible",
+    changes="the training: the backdoor in channels that clean data need, dormant decoys beside them",
+    budget="the poisons; number of decoys",
+    reference="Liu, Dolan-Gavitt & Garg, RAID 2018",
+)
+_row(
     "defenses.fine_prune",
     title="Fine-pruning",
     goal=("integrity",),
@@ -383,7 +382,7 @@ _row(
     changes="channels whose Lipschitz bound stands out in their layer",
     budget="standard deviations above the layer's mean; no data",
     reference="Zheng, Tang, Li & Liu, ECCV 2022",
-
+)
 _row(
     "defenses.mixup",
     title="Mixup",
@@ -447,6 +446,8 @@ _row(
     changes="training: rows that are learned first are isolated and unlearned",
     budget="number of isolated rows",
     reference="Li et al., NeurIPS 2021",
+)
+_row(
     "defenses.februus",
     title="Februus",
     goal=("integrity",),

@@ -430,6 +430,8 @@ ROWS = [
         "repair",  # of nothing, but a transform of parameters
         _pruning_aware,
         zero=lambda problem: _pruning_aware(problem, 0.3, num_pruned=0, num_steps=0),
+    ),
+    Row(
         "defenses.februus",
         "transform",
         lambda problem, _: _februus(0.5),

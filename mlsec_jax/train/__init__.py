@@ -2,15 +2,7 @@
 
 from mlsec_jax.train._augment import augment
 from mlsec_jax.train._inpainting import InpaintingRecipe, pretrain_inpainter, random_holes
-from mlsec_jax.train._presets import (
-    elastic_net,
-    fine_tuned_head,
-    head_only,
-    lasso,
-    logistic_regression,
-    ridge,
-    scratch,
-)
+from mlsec_jax.train._presets import elastic_net, fine_tuned_head, head_only, lasso, logistic_regression, ridge, scratch
 from mlsec_jax.train._pretrain import Recipe, pretrain
 
 __all__ = [
