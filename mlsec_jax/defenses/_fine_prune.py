@@ -70,7 +70,7 @@ def fine_prune(
     def kept(activation: jax.Array, order: jax.Array, num_pruned: jax.Array) -> tuple[jax.Array, jax.Array]:
         keep = ranks(order) >= num_pruned
         factor = keep.astype(activation.dtype)
-        if isinstance(gradient, str):
+        if not isinstance(gradient, (Soft, StraightThrough)):
             return keep, factor
         at = lambda place: activation[order[jnp.clip(place, 0, order.shape[0] - 1)]]
         cut = (at(num_pruned - 1) + at(num_pruned)) / 2
