@@ -103,9 +103,7 @@ def compiled(name):
     def curve(betas, C, train, poisoned, clean, triggered):
         judge = lambda params: (measured(params, clean, triggered), apply_fn(params, clean.x))
         warm = name in ("logistic", "ridge")
-        return measure.backdoor_learning_curve(
-            KEY, make(C), begin(), train, poisoned, judge, betas=betas, warm_start=warm
-        )
+        return measure.backdoor_learning_curve(KEY, make(C), begin(), train, poisoned, judge, betas=betas, warm_start=warm)
 
     def slope(beta, C, train, poisoned, clean, triggered):
         judge = lambda params: measured(params, clean, triggered)
@@ -161,9 +159,9 @@ def test_lambda_and_seeds_are_axes(x64):
     seeds, strengths = (0, 1), jnp.asarray([0.1, C])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(data_of, seeds))
     run = compiled("logistic")[0]
-    many = jax.jit(
-        jax.vmap(lambda data: jax.lax.map(lambda C: run(jnp.asarray(BETAS), C, *data)[0].losses[0], strengths))
-    )(stacked)
+    many = jax.jit(jax.vmap(lambda data: jax.lax.map(lambda C: run(jnp.asarray(BETAS), C, *data)[0].losses[0], strengths)))(
+        stacked
+    )
     for seed in seeds:
         alone, _ = run(jnp.asarray(BETAS), C, *data_of(seed))
         np.testing.assert_allclose(many["triggered"][seed, 1], alone.losses[0]["triggered"], rtol=1e-7, atol=1e-10)
