@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ BETAS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 19, 24, 29, 36, 44, 54, 66, 81, 99)
 FEW = (0, 3, 10, 24, 54, 99)  # for the machines, whose fits don't profit from the last one
 SWEEP = np.geomspace(1e-4, 1e2, 10)
 TOP = 7  # influential training images drawn
+EXPLAINED, NUM_TESTS = {"lc_10": "λ = 10", "lc_001": "λ = 0.01"}, 5
 COLUMNS = ("backdoor_0", "backdoor_10", "backdoor_99", "clean_0", "clean_99", "backdoor_accuracy", "nu", "rho_0", "rho")
 LOSSES = COLUMNS[:5]
 TABLE = {  # name: kind, C, the published row
@@ -94,11 +96,11 @@ def victim(kind: str, C: Any, gamma: Any = None) -> Victim:
     return Victim(trainer, None, apply_fn, losses.hinge(apply_fn), weights_fn, False)
 
 
-def draw_rows(key: jax.Array, whole: mj.Data, sizes: tuple[int, int], side: int) -> Rows:
-    """A split, its poisons drawn from both classes; each class has a random trigger of its own, and labels become ±1."""
-    split_key, pattern_key, rows_key = jax.random.split(key, 3)
-    train, test = data.split(split_key, whole, sizes)
-    patterns = jax.random.uniform(pattern_key, (2, side, side, 1), whole.x.dtype)
+def draw_rows(key: jax.Array, pools: tuple[mj.Data, mj.Data], sizes: tuple[int, int], side: int) -> Rows:
+    """Rows of both pools, poisons drawn from both classes; each class has a trigger of its own, and labels become ±1."""
+    train_key, test_key, rows_key = jax.random.split(key, 3)
+    (train,), (test,) = (data.split(k, pool, (n,)) for k, pool, n in zip((train_key, test_key), pools, sizes, strict=True))
+    patterns = jnp.asarray(np.random.RandomState(999).rand(2, side, side, 1), train.x.dtype)  # the authors' own
     per_image = lambda mask: mask[:, None, None, None]
 
     def stamped(rows: mj.Data) -> mj.Data:
@@ -166,30 +168,32 @@ def influential(C: Any, rows: Rows, num_tests: int) -> dict[str, jax.Array]:
 
 
 def load(size: str) -> tuple[Any, Any, tuple[int, int], list[str]]:
-    """The 7s and 1s, the sizes of a split, and what that leaves out of the paper."""
+    """The 7s and 1s to train on, those to test on, the sizes drawn from them, and what that leaves out of the paper."""
     if size == "small":
         note = "the 1,000 embedded MNIST 1s and 7s: 300 train, 500 test (paper: 1500 and 500)"
-        return *data.select_classes(*data.mnist5k(), (7, 1)), (300, 500), [note]
-    x, y = data.load("mnist", split="train")
-    return *data.select_classes(x, y, (7, 1)), (1500, 500), []
+        x, y = data.select_classes(*data.mnist5k(), (7, 1))
+        order = np.asarray(jax.random.permutation(jax.random.key(0), len(y)))
+        return (x[order[:500]], y[order[:500]]), (x[order[500:]], y[order[500:]]), (300, 500), [note]
+    train, test = (data.select_classes(*data.load("mnist", split=split), (7, 1)) for split in ("train", "test"))
+    return train, test, (1500, 500), []
 
 
 @benchmark
 def run(size: str, seed: int, context: Any) -> Result:
     """The table's curves and the sweep of C over seeds, RBF machines and a network at few points, in float64."""
-    x, y, sizes, reductions = load(size)
+    train, test, sizes, reductions = load(size)
     num_seeds = {"small": 2, "full": 3, "paper": 5}[size]
     few = BETAS if size == "paper" else FEW
     reductions += [
-        f"{num_seeds} seeds of our own split and triggers: the repository's can't be drawn again bit for bit",
+        f"{num_seeds} seeds of our own draw of rows: the repository's can't be repeated bit for bit (its triggers can)",
         "RBF machines and a network at few points, on the first seed; no published figure is compared there",
     ]
     if size != "paper":
         reductions.append(f"β at {len(FEW)} of the 20 points for support vector machines")
     with jax.enable_x64(True):
-        whole = data.to_data(x, y, channel=True, dtype=jnp.float64)
+        pools = tuple(data.to_data(*part, channel=True, dtype=jnp.float64) for part in (train, test))
         keys = jax.random.split(jax.random.key(seed), num_seeds)
-        split_of = lambda side: jax.jit(lambda key, whole: draw_rows(key, whole, sizes, side))
+        split_of = lambda side: jax.jit(lambda key, pools: draw_rows(key, pools, sizes, side))
         wide, narrow = split_of(6), split_of(3)
         curves = {kind: curve(kind) for kind in ("lc", "svm", "rc", "rbf", "net")}
 
@@ -197,32 +201,33 @@ def run(size: str, seed: int, context: Any) -> Result:
             betas = jnp.asarray([0, STEP, 2 * STEP, *(np.asarray(percent[1:]) / 100)])
             return curves[kind](betas, C, gamma, rows)
 
-        found: dict[str, Any] = {}
+        def sweep(kind: str, rows: Rows) -> dict[str, np.ndarray]:
+            """Both ends of the curve, and its slope, at every C."""
+            each = [curves[kind](jnp.asarray([0.0, 1.0]), C, 1.0, rows) for C in SWEEP]
+            return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+
+        found: dict[Any, Any] = {}
         for k, key in enumerate(context.progress(keys, "seeds")):
-            rows = wide(key, whole)
+            rows = wide(key, pools)
             for name, (kind, C, _) in TABLE.items():
                 percent = few if kind == "svm" else BETAS
-                item = lambda kind=kind, C=C, percent=percent: path(kind, C, 1.0, rows, percent)
-                found[name, k] = context.once(f"{name}-{k}", item)
-            thin = narrow(key, whole)
-            ends = jnp.asarray([0.0, 1.0])
+                found[name, k] = context.once(f"{name}-{k}", partial(path, kind, C, 1.0, rows, percent))
+            thin = narrow(key, pools)
             for kind in ("lc", "svm", "rc"):
-                sweep = lambda kind=kind: jax.tree.map(
-                    lambda *leaves: np.stack(leaves), *[dict(curves[kind](ends, C, 1.0, thin)) for C in SWEEP]
-                )
-                found[f"sweep_{kind}", k] = context.once(f"sweep-{kind}-{k}", sweep)
-        rows = wide(keys[0], whole)
+                found[f"sweep_{kind}", k] = context.once(f"sweep-{kind}-{k}", partial(sweep, kind, thin))
+        rows = wide(keys[0], pools)
         for name, (gamma, C) in RBF.items():
-            found[name] = context.once(name, lambda gamma=gamma, C=C: path("rbf", C, gamma, rows, (0, 10, 99)))
-        found["net"] = context.once("net", lambda: path("net", 1e-4, 1.0, rows, FEW))
-        thin = narrow(keys[0], whole)
-        for name in ("lc_10", "lc_001"):
-            explain = jax.jit(lambda C, thin: influential(C, thin, 5))
-            found["influence", name] = context.once(f"influence-{name}", lambda: explain(TABLE[name][1], thin))["influence"]
+            found[name] = context.once(name, partial(path, "rbf", C, gamma, rows, (0, 10, 99)))
+        found["net"] = context.once("net", partial(path, "net", 1e-4, 1.0, rows, FEW))
+        thin = narrow(keys[0], pools)
+        explain = jax.jit(lambda C, rows: influential(C, rows, NUM_TESTS))
+        for name in EXPLAINED:
+            item = context.once(f"influence-{name}", partial(explain, TABLE[name][1], thin))
+            found["influence", name] = item["influence"]
         thin = jax.tree.map(np.asarray, thin)
 
     figures, paper = summary(found, num_seeds, few)
-    figures |= {f"influential_poisons_{n}": poison_share(found["influence", n], thin.poisoned) for n in ("lc_10", "lc_001")}
+    figures |= {f"influential_poisons_{n}": poison_share(found["influence", n], thin.poisoned) for n in EXPLAINED}
     draw_curves(context, found, num_seeds, few)
     draw_sweep(context, found, num_seeds)
     draw_influence(context, found, thin)
@@ -329,7 +334,7 @@ def draw_influence(context: Any, found: dict, rows: Rows) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 1 + TOP, figsize=(1.5 * (1 + TOP), 3.8))
-    for line, (name, label) in enumerate((("lc_10", "λ = 10"), ("lc_001", "λ = 0.01"))):
+    for line, (name, label) in enumerate(EXPLAINED.items()):
         influence = found["influence", name][0]
         chosen = np.argsort(-np.abs(influence))[:TOP]
         images = [rows.triggered.x[0], *rows.train.x[chosen]]

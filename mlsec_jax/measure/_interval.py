@@ -20,7 +20,9 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(successes: jax.Array | float, trials: jax.Array | float, *, confidence: float = 0.95) -> tuple[jax.Array, jax.Array]:
+def wilson(
+    successes: jax.Array | float, trials: jax.Array | float, *, confidence: float = 0.95
+) -> tuple[jax.Array, jax.Array]:
     """Wilson's score interval for a share: the p with |p̂ - p| ≤ z sqrt(p (1 - p) / n).
 
         (p̂ + z²/2n ± z sqrt(p̂ (1 - p̂)/n + z²/4n²)) / (1 + z²/n)

@@ -169,7 +169,7 @@ def test_lambda_and_seeds_are_axes(x64):
 
 
 def test_warm_start_changes_the_way_and_not_the_end(x64):
-    train, poisoned, clean, triggered = data_of()
+    train, poisoned, _, triggered = data_of()
     make, begin, apply_fn, _ = VICTIMS["logistic"]
     run = lambda warm: measure.backdoor_learning_curve(
         KEY, make(C), begin(), train, poisoned, lambda p: apply_fn(p, triggered.x),
