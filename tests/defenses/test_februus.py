@@ -161,7 +161,7 @@ def test_it_takes_the_backdoor_out_and_gives_the_true_class_back(fill):
 
 
 def test_a_network_fills_what_it_is_shown():
-    clean, stamped = backdoored(KEY, 4)
+    _, stamped = backdoored(KEY, 4)
     apply_fn = lambda params, xm, key=None: params * xm[..., 3:] * jnp.ones((1, 1, 1, 3)) + 0 * xm[..., :3]
     purify = defenses.februus(defenses.grad_cam(BACKDOOR), fill_fn=defenses.fill_network(apply_fn, 0.25))
     purified, info = purify(KEY, stamped, mj.Known(params=PARAMS))
