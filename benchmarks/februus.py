@@ -89,35 +89,38 @@ def mean_pixel(x: jax.Array) -> jax.Array:
     return jnp.mean(x, axis=(0, 1, 2))
 
 
-def settings(net: Net, painters: dict, mean: jax.Array, size: Size) -> dict[str, Any]:
-    """Every defense that is compared, by name: `painters' parameters -> transform`."""
-    heat_fn = defenses.grad_cam(defenses.split_at(net.model))
+def settings(painters: dict, mean: jax.Array, size: Size) -> dict[str, Any]:
+    """Every defense that is compared, by name: `(painters' parameters, GradCAM's heat_fn) -> transform`."""
 
     def fill_of(name: str, painted: Any) -> Any:
         if name in painters:
             return defenses.fill_network(painters[name][0].apply, painted[name])
         return defenses.fill_harmonic() if name == "harmonic" else defenses.fill_mean(mean)
 
-    def true_heat(params: Any, x: jax.Array) -> tuple[jax.Array, dict]:
-        return jnp.zeros(x.shape[:3], x.dtype).at[:, PLACE:, PLACE:].set(1), {"logits": net.model.apply(params, x)}
+    def make(fill: str, tau: float) -> Any:
+        return lambda painted, heat_fn: defenses.februus(heat_fn, fill_fn=fill_of(fill, painted), tau=tau)
 
-    def make(fill: str, tau: float, heat_fn: Any = heat_fn) -> Any:
-        return lambda painted: defenses.februus(heat_fn, fill_fn=fill_of(fill, painted), tau=tau)
+    def true_mask(painted: Any, heat_fn: Any) -> Any:
+        there = lambda heat: jnp.zeros_like(heat).at[:, PLACE:, PLACE:].set(1)
+        moved = lambda params, x: (there(heat_fn(params, x)[0]), heat_fn(params, x)[1])
+        return make("network", TAU)(painted, moved)
 
     found = {f"tau_{round(100 * tau)}": make("network", tau) for tau in size.taus}
     found |= {fill: make(fill, TAU) for fill in ("autoencoder", "harmonic", "mean")}
-    return found | {"true_mask": make("network", TAU, true_heat)}
+    return found | {"true_mask": true_mask}
 
 
 def asked(net: Net, transforms: dict[str, Any]) -> Any:
     """`(params, painters' params, x) -> predictions of x as it is and after each transform, and what the masks were`."""
+    explain = defenses.grad_cam(defenses.split_at(net.model))
 
     def run(params: Any, painted: Any, x: jax.Array) -> dict[str, jax.Array]:
         subject = mj.dataset(x, jnp.zeros(len(x), jnp.int32))
         says = lambda x: jnp.argmax(net.model.apply(params, x), axis=1)
-        found = {"before": says(x)}
+        seen = explain(params, x)  # once: every transform is asked about the same images
+        found = {"before": jnp.argmax(seen[1]["logits"], axis=1)}
         for name, transform in transforms.items():
-            purified, info = transform(painted)(jax.random.key(0), subject, mj.Known(params=params))
+            purified, info = transform(painted, lambda params, x: seen)(jax.random.key(0), subject, mj.Known(params=params))
             found |= {name: says(purified.x), f"hidden_{name}": info["hidden"]}
             if name == f"tau_{round(100 * TAU)}":
                 covered = jnp.mean(info["mask"][:, PLACE:, PLACE:].astype(jnp.float32), axis=(1, 2))
@@ -158,7 +161,7 @@ def run(size: str, seed: int, context: Any) -> Result:
 
     x, y = floats(pictures.x_test[: chosen.test]), pictures.y_test[: chosen.test]
     trigger = flower(x.shape[-1])
-    transforms = settings(net, painters, mean, chosen)
+    transforms = settings(painters, mean, chosen)
     ask = asked(net, transforms)
     found = context.once("clean", lambda: ask(net.params, painted, x))
     under = context.once("triggered", lambda: ask(net.params, painted, trigger(None, x)))
