@@ -106,5 +106,7 @@ def _after_cut(program: core.ClosedJaxpr) -> Callable[..., list[jax.Array]]:
     if maps not in needed or any(maps in equation.outvars for equation in kept):
         raise ValueError("model: expected a program that can be cut at the layer's maps, got one whose logits don't depend on "
                          "them, or that is one piece under jax.jit.")  # fmt: skip
-    rest = program.jaxpr.replace(invars=[maps, *program.jaxpr.invars], outvars=[out], eqns=kept[::-1])
-    return core.jaxpr_as_fun(core.ClosedJaxpr(rest, program.consts))
+    others = [v for v in program.jaxpr.invars if v is not maps]  # none where the layer gives the image itself
+    rest = program.jaxpr.replace(invars=[maps, *others], outvars=[out], eqns=kept[::-1])
+    run = core.jaxpr_as_fun(core.ClosedJaxpr(rest, program.consts))
+    return lambda maps, x: run(maps, *[x for _ in others])

@@ -58,11 +58,11 @@ def random_holes(key: Key, num: int, shape: tuple[int, int], *, low: int = 4, hi
     if high > min(shape):
         raise ValueError(f"high: expected holes that fit images of {shape[0]}x{shape[1]}, got {high}.")
     kind_key, side_key, place_key, near_key = jax.random.split(key, 4)
-    rows, columns = jnp.arange(shape[0]) + 0.5, jnp.arange(shape[1]) + 0.5
+    rows, columns = (jnp.arange(size, dtype=jnp.result_type(float)) + 0.5 for size in shape)
     extent = jnp.asarray(shape, rows.dtype)
     side = jax.random.randint(side_key, (num, 3, 2), low, high + 1).astype(rows.dtype)
     start = jnp.floor(jax.random.uniform(place_key, (num, 2)) * (extent[None] - side[:, 0] + 1))
-    within = lambda axis, at: ((at[None] > start[:, axis, None]) & (at[None] < (start + side[:, 0])[:, axis, None]))
+    within = lambda axis, at: (at[None] > start[:, axis, None]) & (at[None] < (start + side[:, 0])[:, axis, None])
     rectangle = within(0, rows)[:, :, None] & within(1, columns)[:, None]
 
     centre = start + side[:, 0] / 2

@@ -90,6 +90,9 @@ def test_an_earlier_layer_can_be_named_and_connections_may_go_around_it():
     params = {"head": {"w": jnp.eye(3), "b": jnp.zeros(3)}}
     maps, rest_fn = defenses.split_at(around)(params, x)
     np.testing.assert_allclose(rest_fn(3 * maps), jnp.sum(6 * x * x, axis=(1, 2)), rtol=1e-5)
+    image = around._replace(layers_fn=lambda p, x, key=None: (x, jnp.sum(x * x, axis=(1, 2))))
+    maps, rest_fn = defenses.split_at(image)(params, x)
+    np.testing.assert_allclose(jax.grad(lambda maps: jnp.sum(rest_fn(maps)))(maps), 2 * x, rtol=1e-5)
 
 
 def test_a_map_that_points_nowhere_is_zero_and_not_nan():
