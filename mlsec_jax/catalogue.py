@@ -349,3 +349,47 @@ _row(
     budget="scale of the noise",
     reference="baseline",
 )
+_row(
+    "defenses.invert_trigger",
+    title="Trigger reconstruction: Neural Cleanse, TABOR",
+    goal=("integrity",),
+    capability="model",
+    test_trigger="visible",
+    stage="after training",
+    changes="nothing: it gives each label's smallest trigger",
+    budget="none; needs clean rows",
+    reference="Wang et al., IEEE S&P 2019; Guo et al., arXiv:1908.01763",
+)
+_row(
+    "defenses.trigger_neurons",
+    title="Neural Cleanse's filter",
+    goal=("integrity",),
+    capability="test data",
+    test_trigger="visible",
+    stage="at test",
+    changes="refuses inputs that drive the neurons of a recovered trigger",
+    budget="share of clean inputs refused",
+    reference="Wang et al., IEEE S&P 2019",
+)
+_row(
+    "defenses.unlearn_trigger",
+    title="Neural Cleanse's unlearning",
+    goal=("integrity",),
+    capability="model",
+    test_trigger="visible",
+    stage="after training",
+    changes="all parameters, by fine-tuning on stamped rows with correct labels",
+    budget="steps of fine-tuning",
+    reference="Wang et al., IEEE S&P 2019",
+)
+_row(
+    "defenses.prune_trigger",
+    title="Neural Cleanse's pruning",
+    goal=("integrity",),
+    capability="model",
+    test_trigger="visible",
+    stage="after training",
+    changes="silences the neurons that a recovered trigger drives",
+    budget="the recovered trigger's success",
+    reference="Wang et al., IEEE S&P 2019",
+)

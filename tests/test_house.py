@@ -15,6 +15,7 @@ SHARED = {  # what several files of one room share; a method never imports a sib
     "attacks": {"_bilevel", "_craft", "_matching"},
     "bilevel": {"_kernels", "_unrolled", "_reversible", "_fixed_point", "_jaxopt"},
     "data": {"_cache"},
+    "defenses": {"_invert_trigger"},
     "measure": {"_interval"},
     "models": {"_model", "_conv", "_conv_kernels", "_depthwise", "_pool", "_norm", "_dense"},
     "train": {"_augment"},
