@@ -350,6 +350,115 @@ _row(
     reference="baseline",
 )
 _row(
+    "attacks.pruning_aware",
+    title="Pruning-aware backdoor",
+    goal=("integrity",),
+    train_trigger="visible",
+    test_trigger="visible",
+    changes="the training: the backdoor in channels that clean data need, dormant decoys beside them",
+    budget="the poisons; number of decoys",
+    reference="Liu, Dolan-Gavitt & Garg, RAID 2018",
+)
+_row(
+    "defenses.fine_prune",
+    title="Fine-pruning",
+    goal=("integrity",),
+    capability="model",
+    train_trigger="visible",
+    test_trigger="visible",
+    stage="after training",
+    changes="channels that clean data leave dormant, then all parameters",
+    budget="points of held-out accuracy; clean data",
+    reference="Liu, Dolan-Gavitt & Garg, RAID 2018",
+)
+_row(
+    "defenses.channel_lipschitz",
+    title="Channel-Lipschitz pruning",
+    goal=("integrity",),
+    capability="model",
+    train_trigger="visible",
+    test_trigger="visible",
+    stage="after training",
+    changes="channels whose Lipschitz bound stands out in their layer",
+    budget="standard deviations above the layer's mean; no data",
+    reference="Zheng, Tang, Li & Liu, ECCV 2022",
+)
+_row(
+    "defenses.mixup",
+    title="Mixup",
+    goal=("integrity",),
+    train_trigger="visible",
+    test_trigger="visible",
+    stage="during training",
+    changes="batches: convex combinations of rows and labels",
+    budget="rows mixed; α",
+    reference="Zhang et al., ICLR 2018; Borgnia et al., ICASSP 2021",
+)
+_row(
+    "defenses.cutmix",
+    title="CutMix",
+    goal=("integrity",),
+    train_trigger="visible",
+    test_trigger="visible",
+    stage="during training",
+    changes="batches: boxes of other images, labels by area",
+    budget="α; share of batches",
+    reference="Yun et al., ICCV 2019; Borgnia et al., ICASSP 2021",
+)
+_row(
+    "defenses.cutout",
+    title="Cutout",
+    goal=("integrity",),
+    train_trigger="visible",
+    test_trigger="visible",
+    stage="during training",
+    changes="batches: a blank square in every image",
+    budget="side of the square",
+    reference="DeVries & Taylor, arXiv:1708.04552; Borgnia et al., ICASSP 2021",
+)
+_row(
+    "defenses.max_up",
+    title="MaxUp",
+    goal=("integrity",),
+    train_trigger="visible",
+    test_trigger="visible",
+    stage="during training",
+    changes="the loss: the worst of several augmentations of a row",
+    budget="number of augmentations",
+    reference="Gong et al., CVPR 2021; Borgnia et al., ICASSP 2021",
+)
+_row(
+    "defenses.gradient_shaping",
+    title="Gradient shaping",
+    goal=("integrity", "availability"),
+    stage="during training",
+    changes="gradients: clipped row by row, and noisy",
+    budget="clip and noise",
+    reference="Hong et al., arXiv:2002.11497",
+)
+_row(
+    "defenses.abl",
+    title="Anti-backdoor learning",
+    goal=("integrity",),
+    train_trigger="visible",
+    test_trigger="visible",
+    stage="during training",
+    changes="training: rows that are learned first are isolated and unlearned",
+    budget="number of isolated rows",
+    reference="Li et al., NeurIPS 2021",
+)
+_row(
+    "defenses.februus",
+    title="Februus",
+    goal=("integrity",),
+    capability="test data",
+    test_trigger="visible",
+    stage="at test",
+    changes="repaints what the network looks at",
+    budget="pixels of heat τ or more; unlabelled clean images for the fill",
+    reference="Doan, Abbasnejad & Ranasinghe, ACSAC 2020",
+)
+_row(
     "defenses.invert_trigger",
     title="Trigger reconstruction: Neural Cleanse, TABOR",
     goal=("integrity",),
