@@ -71,8 +71,8 @@ def fit(key: jax.Array, model: models.Model, pool: mj.Data, target: jax.Array, s
     poisoned, _ = attack(poison_key, rows, mj.Known())
     rows = jax.tree.map(lambda bad, good: jnp.where(target >= 0, bad, good), poisoned, rows)
     loss_fn = losses.cross_entropy(model.apply)
-    recipe = {"num_epochs": size.epochs, "batch_size": 100, "num_rows": size.rows, "learning_rate": 0.1}
-    return train.scratch(loss_fn, **recipe)(train_key, model.init(init_key, rows.x[:1]), rows)[0]
+    learn = train.scratch(loss_fn, num_epochs=size.epochs, batch_size=100, num_rows=size.rows, learning_rate=0.1)
+    return learn(train_key, model.init(init_key, rows.x[:1]), rows)[0]
 
 
 def trial(size: Size, over: str) -> Callable:
