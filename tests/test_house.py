@@ -14,6 +14,7 @@ BESIDE = {("drive", "_checkpoint"), ("memo", "_checkpoint"), ("memo", "data"), (
 FLOOR_0 = {"base", "checks", "tree", "linalg"}
 SHARED = {  # what several files of one room share; a method never imports a sibling method
     "attacks": {"_bilevel", "_craft", "_matching"},
+    "catalogue": {"_method", "_attacks", "_defenses"},
     "bilevel": {"_kernels", "_unrolled", "_reversible", "_fixed_point", "_jaxopt"},
     "data": {"_cache"},
     "defenses": {"_invert_trigger", "_mixing"},

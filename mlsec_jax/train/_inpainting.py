@@ -160,7 +160,8 @@ def pretrain_inpainter(
         return loop.apply_optimizer(critic_optimizer, gradient, state, critic_params), distance
 
     def alone(carry: tuple, slot: tuple) -> tuple[tuple, jax.Array]:
-        return painter_step(carry, *slot, None)
+        key, rows = slot
+        return painter_step(carry, key, rows, None)
 
     def together(carry: tuple, slot: tuple) -> tuple[tuple, tuple]:
         own, judge = carry
