@@ -24,7 +24,7 @@ def anomaly_index(values: jax.Array) -> jax.Array:
 
     References: Wang et al., "Neural Cleanse", IEEE S&P 2019, section IV.C.
 
-    >>> anomaly_index(jnp.array([1.0, 9.0, 10.0, 11.0, 12.0])).round(2).tolist()
+    >>> [round(v, 2) for v in anomaly_index(jnp.array([1.0, 9.0, 10.0, 11.0, 12.0])).tolist()]
     [6.07, 0.67, 0.0, -0.67, -1.35]
     """
     values = jnp.asarray(values)
