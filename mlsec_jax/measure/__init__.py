@@ -1,5 +1,6 @@
 """Numbers for people: how often a model errs, how well a score separates, how sure we are, what transfers."""
 
+from mlsec_jax.measure._anomaly import anomaly_index, calibrate_threshold
 from mlsec_jax.measure._error import (
     AttackSuccess,
     accuracy,
@@ -31,9 +32,11 @@ __all__ = [
     "PairedTest",
     "Roc",
     "accuracy",
+    "anomaly_index",
     "attack_success",
     "auc",
     "backdoor_learning_curve",
+    "calibrate_threshold",
     "confusion",
     "error",
     "error_on",
