@@ -414,3 +414,25 @@ _row(
     budget="number of isolated rows",
     reference="Li et al., NeurIPS 2021",
 )
+
+_row(
+    "attacks.hidden_trigger",
+    title="Hidden trigger backdoor",
+    goal=("integrity",),
+    train_trigger="hidden",
+    test_trigger="visible",
+    changes="inputs of rows of the target class, towards patched sources in feature space",
+    budget="l-inf radius; number of rows",
+    reference="Saha, Subramanya & Pirsiavash, AAAI 2020",
+)
+_row(
+    "attacks.label_consistent",
+    title="Label-consistent backdoor",
+    goal=("integrity",),
+    knowledge="gray",
+    train_trigger="visible",
+    test_trigger="visible",
+    changes="inputs of rows of the target class: adversarial noise and a trigger",
+    budget="l2 radius; number of rows; the trigger",
+    reference="Turner, Tsipras & Madry, arXiv:1912.02771, 2019",
+)
