@@ -154,6 +154,32 @@ def _sleeper(problem, **reach):
     return attacks.sleeper_agent(problem.loss_fn, trainer, trigger, optimizer=ADAM, retrain_every=10, **reach)
 
 
+def _hidden(pairing):
+    """The row's factory, with the trigger of rows that are no images."""
+
+    def factory(problem, **reach):
+        return attacks.hidden_trigger(_features, TRIGGERS["blend"](0.5), optimizer=ADAM, pairing=pairing, **reach)
+
+    return factory
+
+
+def _one_source_a_poison(row):
+    """The same row, with as many goal rows as the threat has."""
+
+    def problem(given):
+        seen = row.problem(given)
+        goal = jax.tree.map(lambda leaf: leaf[: seen.touched.size], seen.known.goal)
+        return seen._replace(known=seen.known.replace(goal=goal))
+
+    return dataclasses.replace(row, problem=problem)
+
+
+def _label_consistent(problem, radius, opacity=0.3):
+    reach = _perturb(problem, radius, "l2")
+    trigger = TRIGGERS["blend"](opacity)
+    return attacks.label_consistent(problem.loss_fn, trigger, threat=reach, optimizer=attacks.unit_rows(0.1))
+
+
 TRIGGERS = {  # on the rows of the shared problem, which are no images
     "blend": lambda opacity: threat.blend(jnp.ones(problems.DIM), opacity=opacity),
     "additive": lambda radius: threat.additive(jnp.full(problems.DIM, 0.1), radius=radius),
@@ -295,6 +321,18 @@ ROWS = [
         "attacks.gradient_matching", lambda p, **reach: attacks.gradient_matching(p.loss_fn, optimizer=ADAM, **reach)
     ),
     _crafting("attacks.sleeper_agent", _sleeper),
+    _crafting("attacks.hidden_trigger", _hidden("greedy")),
+    _crafting("attacks.hidden_trigger(optimal)", _hidden("optimal")),
+    _one_source_a_poison(_crafting("attacks.hidden_trigger(faithful)", _hidden("faithful"))),
+    Row(
+        "attacks.label_consistent",
+        "attack",
+        _label_consistent,
+        problem=_seen,
+        zero=lambda problem: _label_consistent(problem, 0.0, opacity=0.0),
+        project=lambda problem: _perturb(problem, 0.3, "l2"),
+        targeted=False,  # the goal is the class of the rows
+    ),
     _trainer("bilevel.unrolled", lambda p, rate: bilevel.unrolled(p.loss_fn, optax.sgd(rate), 5, remat="sqrt")),
     _trainer("bilevel.truncated", lambda p, rate: bilevel.truncated(p.loss_fn, optax.sgd(rate), 5, last=2)),
     _trainer("bilevel.forward", lambda p, rate: bilevel.forward(p.loss_fn, optax.sgd(rate), 5, rows=p.reserved)),
@@ -524,6 +562,7 @@ HELPERS = {
     "threat.Trigger",
     "threat.additive",
     "threat.blend",
+    "threat.corners",
     "threat.patch",
     "threat.pixel",
     "threat.reserve",

@@ -6,6 +6,7 @@ from mlsec_jax.attacks._bullseye_polytope import bullseye_polytope
 from mlsec_jax.attacks._convex_polytope import convex_polytope
 from mlsec_jax.attacks._feature_collision import feature_collision
 from mlsec_jax.attacks._gradient_matching import gradient_matching, largest_gradients
+from mlsec_jax.attacks._hidden_trigger import hidden_trigger
 from mlsec_jax.attacks._influence_images import (
     Transferred,
     influence_images,
@@ -14,6 +15,7 @@ from mlsec_jax.attacks._influence_images import (
     on_features_loss,
 )
 from mlsec_jax.attacks._kkt_sanitized import kkt_sanitized
+from mlsec_jax.attacks._label_consistent import label_consistent
 from mlsec_jax.attacks._label_flips import flip_alfa, flip_greedy, flip_margin, flip_random
 from mlsec_jax.attacks._linear_regression import linear_regression
 from mlsec_jax.attacks._metapoison import metapoison
@@ -47,9 +49,11 @@ __all__ = [
     "flip_random",
     "gradient_matching",
     "greedy",
+    "hidden_trigger",
     "influence_images",
     "joint",
     "kkt_sanitized",
+    "label_consistent",
     "largest_gradients",
     "linear_regression",
     "metapoison",

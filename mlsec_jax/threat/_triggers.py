@@ -107,6 +107,35 @@ def pixel(value: Any = 1.0, *, at: tuple[int, int] | None = (-2, -2)) -> Trigger
     return patch(jnp.atleast_1d(jnp.asarray(value, jnp.result_type(float)))[None, None], at=at)
 
 
+def corners(pattern: Any, *, mask: Any = None, lo: Any = 0.0, hi: Any = 1.0) -> Trigger:
+    """A small image in all four corners, mirrored so that a mirror image of a stamped input is stamped alike.
+
+    Args:
+      pattern: `[h, w, c]`, as it stands in the bottom right corner.
+      mask: `[h, w]`, as in `patch`.
+      lo: least value of a pixel, for `project`.
+      hi: greatest value.
+
+    Returns:
+      A `Trigger` of images `[n, H, W, c]`, for victims whose augmentation mirrors.
+
+    References: Turner, Tsipras & Madry, arXiv:1912.02771, section 5 (data augmentation).
+    """
+    pattern = jnp.asarray(pattern)
+    mirror = lambda array, place: array[:: -1 if place[0] == 0 else 1, :: -1 if place[1] == 0 else 1]
+    pieces = []
+    for place in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        turned = None if mask is None else mirror(jnp.asarray(mask), place)
+        pieces.append((place, patch(pattern, at=place, mask=turned, lo=lo, hi=hi)))
+
+    def stamp(pattern: jax.Array, key: Any, x: jax.Array) -> jax.Array:
+        for place, piece in pieces:
+            x = piece.stamp(mirror(pattern, place), key, x)
+        return x
+
+    return Trigger(pattern, stamp, lambda pattern: _boxed(pattern, lo, hi))
+
+
 def blend(pattern: Any, *, opacity: Any, lo: Any = 0.0, hi: Any = 1.0) -> Trigger:
     """A whole image mixed in: `x ← (1 - a) x + a pattern`.
 

@@ -37,8 +37,8 @@ def backdoored(num_rows=400, num_poisons=20, dim=6):
     """Two noisy Gaussian classes; the poisons are of class 0, labelled 1, and carry a strong feature of their own."""
     rng = np.random.default_rng(0)
     y = np.arange(num_rows) % 2
-    x = rng.normal(size=(num_rows, dim)).astype(np.float32)
-    x[:, 0] += np.where(y == 1, 1.0, -1.0)
+    x = 0.3 * rng.normal(size=(num_rows, dim)).astype(np.float32)
+    x[:, 0] += np.where(y == 1, 0.5, -0.5)
     x[:, -1] = 0
     poisons = np.flatnonzero(y == 0)[:num_poisons]
     x[poisons, -1], y[poisons] = 8.0, 1

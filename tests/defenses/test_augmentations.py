@@ -25,13 +25,13 @@ def test_a_mixture_and_its_label_have_the_same_shares_and_all_rows_take_part_ali
 
 
 def test_the_shares_are_dirichlet():
-    transform = jax.vmap(defenses.mixup(num_classes=N, ways=2, alpha=0.5), in_axes=(0, None))
-    own = np.asarray(transform(jax.random.split(jax.random.key(1), 4000), ROWS).x[:, 0])
+    transform = jax.jit(jax.vmap(defenses.mixup(num_classes=N, ways=2, alpha=0.5), in_axes=(0, None)))
+    own = np.asarray(transform(jax.random.split(jax.random.key(1), 800), ROWS).x[:, 0])
     share = own[:, 0][own[:, 0] < 1 - 1e-6]  # its partner was another
     mean, variance = 0.5, 0.25 / 2  # of Beta(a, a): 1/2 and 1/(4 (2a + 1))
     assert abs(share.mean() - mean) < 4 * np.sqrt(variance / len(share))
-    assert abs(share.var() - variance) < 0.01
-    assert abs(np.mean(own[:, 0] > 1 - 1e-6) - 1 / N) < 4 * np.sqrt(1 / N / 4000)  # a uniform partner, itself included
+    assert abs(share.var() - variance) < 0.02
+    assert abs(np.mean(own[:, 0] > 1 - 1e-6) - 1 / N) < 4 * np.sqrt(1 / N / 800)  # a uniform partner, itself included
 
 
 def test_the_loss_of_a_weighted_mixture_is_the_weighted_sum_of_its_labels_losses():
@@ -50,7 +50,7 @@ def test_the_loss_of_a_weighted_mixture_is_the_weighted_sum_of_its_labels_losses
 def test_a_cut_image_has_one_box_and_its_label_the_exact_share_of_pixels():
     transform = jax.jit(defenses.cutmix(num_classes=N, probability=1.0))
     sizes = []
-    for k in range(40):
+    for k in range(20):
         mixed = transform(jax.random.key(k), IMAGES)
         owner = np.asarray(mixed.x[:, :, :, 0]).astype(int) - 1
         assert (mixed.x[:, :, :, 0] == mixed.x[:, :, :, 1]).all()
@@ -65,10 +65,10 @@ def test_a_cut_image_has_one_box_and_its_label_the_exact_share_of_pixels():
 
 
 def test_cutting_happens_as_often_as_told():
-    transform = jax.vmap(defenses.cutmix(num_classes=N, probability=0.3, alpha=5.0), in_axes=(0, None))
-    mixed = transform(jax.random.split(jax.random.key(0), 2000), IMAGES)
+    transform = jax.jit(jax.vmap(defenses.cutmix(num_classes=N, probability=0.3, alpha=5.0), in_axes=(0, None)))
+    mixed = transform(jax.random.split(jax.random.key(0), 500), IMAGES)
     changed = np.asarray((mixed.x != IMAGES.x[None]).any(axis=(1, 2, 3, 4))).mean()
-    assert abs(changed - 0.3) < 4 * np.sqrt(0.21 / 2000) + 0.02  # now and then a box holds no pixel
+    assert abs(changed - 0.3) < 4 * np.sqrt(0.21 / 500) + 0.02  # now and then a box holds no pixel
 
 
 def test_cutout_is_a_square_cut_at_the_border():
@@ -93,15 +93,13 @@ def test_max_up_is_the_largest_loss_over_trials_of_the_same_row():
 
 
 def test_they_compose_into_a_trainer_and_cutmix_hinders_a_patch():
-    """One-pixel images: a network that may read class 0 off a corner alone learns it less with CutMix."""
+    """A linear model that may read class 0 off a bright corner leans on it less with CutMix."""
     key, noise = jax.random.split(jax.random.key(0))
     y = jnp.arange(200) % 2
     x = 0.3 * jax.random.normal(noise, (200, 4, 4, 1)) + jnp.where(y == 0, 0.3, -0.3)[:, None, None, None]
     x = x.at[:, -1, -1, 0].set(jnp.where(y == 0, 3.0, 0.0))
     apply_fn = lambda params, x, key=None: x.reshape(len(x), -1) @ params
-    trainer = bilevel.unrolled(
-        losses.cross_entropy(apply_fn), optax.sgd(0.1), 200, batching=loop.shuffled(50)
-    )  # fmt: skip
+    trainer = bilevel.unrolled(losses.cross_entropy(apply_fn), optax.sgd(0.2), 60, batching=loop.shuffled(50))
     data, params = mj.dataset(x, y), jnp.zeros((16, 2))
     leans = {}
     for name, during in (("plain", None), ("cutmix", defenses.cutmix(num_classes=2, probability=1.0))):

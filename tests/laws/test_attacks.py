@@ -142,7 +142,8 @@ def test_it_lowers_its_loss(row):
 
 @by_row
 def test_what_it_needs_is_said(row):
-    _, problem, algorithm, _ = setting(row.name)
+    row, problem, algorithm, _ = setting(row.name)
     state = algorithm.init(jax.random.key(0), problem.train, problem.known)
-    with pytest.raises(ValueError, match=r"needs known\.goal"):
-        algorithm.step(jax.random.key(0), state, problem.train, problem.known.replace(goal=None))
+    field = "goal" if row.targeted else "params"
+    with pytest.raises(ValueError, match=rf"needs known\.{field}"):
+        algorithm.step(jax.random.key(0), state, problem.train, problem.known.replace(**{field: None}))
