@@ -171,12 +171,22 @@ def load(size: str) -> tuple[Any, Any, tuple[int, int], list[str]]:
     """The 7s and 1s to train on, those to test on, the sizes drawn from them, and what that leaves out of the paper."""
     if size == "small":
         note = "the 1,000 embedded MNIST 1s and 7s: 300 train, 500 test (paper: 1500 and 500)"
-        x, y = data.select_classes(*data.mnist5k(), (7, 1))
+        images, digits = data.mnist5k()
+        x, y = data.select_classes(images, digits, (7, 1))
         order = np.asarray(jax.random.permutation(jax.random.key(0), len(y)))
         return (x[order[:500]], y[order[:500]]), (x[order[500:]], y[order[500:]]), (300, 500), [note]
+<<<<<<< HEAD
     train, test = (data.load("mnist", split=split)[:2] for split in ("train", "test"))
     pick = lambda rows: data.select_classes(rows[0], rows[1], (7, 1))
     return pick(train), pick(test), (1500, 500), []
+=======
+
+    def pair(split: str) -> tuple[np.ndarray, np.ndarray]:
+        images, digits = data.load("mnist", split=split)
+        return data.select_classes(images, digits, (7, 1))
+
+    return pair("train"), pair("test"), (1500, 500), []
+>>>>>>> curves
 
 
 @benchmark
