@@ -173,6 +173,26 @@ def regularised(loss_fn: LossFn, *, l2: Any = 0.0, l1: Any = 0.0, penalise: Any 
     return Objective(smooth, l1, penalise)
 
 
+def summed(loss_fn: LossFn, *, C: Any, penalise: Any = not_bias) -> Objective:
+    """`C Σ w·ℓ + ½ ‖θ‖²`, scikit-learn's objective: a row's pull doesn't depend on the other rows' weights.
+
+    Args:
+      loss_fn: per-example loss `-> [n]`.
+      C: positive, the inverse of λ; `regularised` with `l2 = 1 / (C Σ w)` has the same optimum.
+      penalise: which leaves ½ ‖θ‖² covers (`tree.mask_of`); None: all of them, as in liblinear.
+    """
+    checks.above("C", C, 0)
+
+    def smooth(params: Params, data: Data) -> jax.Array:
+        chosen, _ = tree.partition(params, penalise)
+        values = loss_fn(params, present(data))
+        weight = data.weight.astype(values.dtype)
+        total = jnp.sum(jnp.where(weight > 0, values * weight, 0))
+        return jnp.asarray(C, values.dtype) * total + tree.dot(chosen, chosen).astype(values.dtype) / 2
+
+    return Objective(smooth, 0.0, penalise)
+
+
 def goal_loss(loss_fn: LossFn) -> OuterFn:
     """The attacker's goal as a loss: the mean loss on `goal`, a `Data` with the labels that the attacker desires."""
     mean_loss = empirical(loss_fn)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlsec_jax import attacks, bilevel, defenses, losses, scores, threat
+from mlsec_jax import attacks, bilevel, channels, defenses, losses, scores, threat
 from tests import problems
 
 
@@ -18,7 +18,8 @@ class Row:
 
     Attributes:
       name: `room.method`.
-      kind: attack, trainer, threat, transform (of data), batch (transform of a batch), repair (of parameters) or scorer.
+      kind: attack, trainer, threat, transform (of data), batch (transform of a batch), repair (of parameters),
+        scorer or inspector.
       build: `(problem, budget) -> method`; budget is a float hyper-parameter (radius, rate…) that may be a tracer.
       problem: how the shared problem is turned into the method's own.
       zero: `problem -> method` that may change nothing; None where the idea has no meaning.
@@ -183,6 +184,54 @@ TRIGGERS = {  # on the rows of the shared problem, which are no images
     "blend": lambda opacity: threat.blend(jnp.ones(problems.DIM), opacity=opacity),
     "additive": lambda radius: threat.additive(jnp.full(problems.DIM, 0.1), radius=radius),
 }
+
+
+def _logits(problem):
+    """The model's outputs as the channels of a layer."""
+    return channels.layer("", lambda params, x: jax.nn.relu(problem.apply_fn(params, x)))
+
+
+def _pruning_aware(problem, margin, num_pruned=1, num_steps=5):
+    return attacks.pruning_aware(
+        problem.loss_fn,
+        _logits(problem),
+        poison=attacks.badnets(TRIGGERS["blend"](0.3), num_poisons=3, relabel=threat.to_class(0)),
+        trainer_fn=lambda loss_fn: bilevel.unrolled(loss_fn, MOMENTUM, num_steps),
+        num_pruned=num_pruned,
+        margin=margin,
+    )
+def _februus(tau):
+    split = lambda params, x: (x, lambda maps: maps.reshape(maps.shape[0], -1) @ params["w"])
+    return defenses.februus(defenses.grad_cam(split), fill_fn=defenses.fill_harmonic(num_steps=4), tau=tau)
+
+
+def _pictures(problem):
+    """The problem's rows as 2 x 2 images, in a network whose weights are not zero."""
+    problem = _seen(problem)
+    image = lambda data: data._replace(x=data.x.reshape(-1, 2, 2, 1))
+    apply_fn = lambda params, x, key=None: problem.apply_fn(params, x.reshape(x.shape[0], -1))
+    known = problem.known.replace(clean=image(problem.known.clean))
+    return problem._replace(train=image(problem.train), known=known, apply_fn=apply_fn)
+
+
+def _inverter(objective):
+    def build(problem, success):
+        options = {"num_steps": 12, "num_batches": 2, "batch_size": 5, "patience": 2, "success": success}
+        return defenses.invert_trigger(problem.apply_fn, num_classes=problems.CLASSES, objective=objective, **options)
+
+    return build
+
+
+def _stamped(problem):
+    """The problem in the network of `_seen`, with a recovered trigger that makes its last input bright."""
+    problem = _seen(problem)
+    bright = threat.Overlay(jnp.zeros(problems.DIM).at[-1].set(1), jnp.ones(problems.DIM))
+    return problem._replace(known=problem.known.replace(trigger=bright))
+
+
+def _pruned(problem, success):
+    reads = lambda path, leaf: path == "head"
+    return defenses.prune_trigger(problem.apply_fn, _features, label=0, success=success, num_steps=6, reads=reads)
 
 
 def _machine(problem):
@@ -430,6 +479,54 @@ ROWS = [
         lambda problem, scale: defenses.noise_weights(scale),
         zero=lambda problem: defenses.noise_weights(0.0),
     ),
+    Row(
+        "defenses.fine_prune",
+        "repair",
+        lambda problem, budget: defenses.fine_prune(
+            problem.apply_fn, _logits(problem), budget=budget, trainer_fn=lambda loss_fn: bilevel.unrolled(loss_fn, MOMENTUM, 5)
+        ),
+        zero=lambda problem: defenses.fine_prune(problem.apply_fn, _logits(problem), max_pruned=0),
+    ),
+    Row(
+        "defenses.channel_lipschitz",
+        "repair",
+        lambda problem, u: defenses.channel_lipschitz(u=u, weights=lambda path, leaf: leaf.ndim == 2),
+        zero=lambda problem: defenses.channel_lipschitz(u=jnp.inf, weights=lambda path, leaf: leaf.ndim == 2),
+    ),
+    Row(
+        "attacks.pruning_aware",
+        "repair",  # of nothing, but a transform of parameters
+        _pruning_aware,
+        zero=lambda problem: _pruning_aware(problem, 0.3, num_pruned=0, num_steps=0),
+    ),
+    Row(
+        "defenses.februus",
+        "transform",
+        lambda problem, _: _februus(0.5),
+        problem=problems.images,
+        zero=lambda problem: _februus(1.5),
+        targeted=False,
+    ),
+    Row(
+        "defenses.unlearn_trigger",
+        "repair",
+        lambda problem, fraction: defenses.unlearn_trigger(_unrolled(problem), fraction=fraction),
+        problem=_stamped,
+        zero=lambda problem: defenses.unlearn_trigger(bilevel.unrolled(problem.loss_fn, optax.sgd(0.5), 0)),
+    ),
+    Row(
+        "defenses.prune_trigger", "repair", _pruned, problem=_stamped, zero=lambda p: _pruned(p, 1.0), budget=0.01
+    ),
+    *(
+        Row(f"defenses.invert_trigger({name})", "inspector", _inverter(objective), problem=_pictures, budget=0.6)
+        for name, objective in (("neural_cleanse", defenses.neural_cleanse()), ("tabor", defenses.tabor()))
+    ),
+    Row(
+        "defenses.trigger_neurons",
+        "scorer",
+        lambda problem, _: defenses.trigger_neurons(_features, fraction=0.5),
+        problem=_stamped,
+    ),
     Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
     Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),
     Row(
@@ -447,9 +544,20 @@ ROWS = [
 
 # Public names of the attack room that are no methods: orders, starts, goals, pieces.
 HELPERS = {
+    "defenses.Inversion",
+    "defenses.Inverted",
+    "defenses.last_layer",
+    "defenses.neural_cleanse",
+    "defenses.tabor",
     "defenses.flooding",
     "defenses.unlearning",
+    "defenses.fill_harmonic",
+    "defenses.fill_mean",
+    "defenses.fill_network",
+    "defenses.grad_cam",
+    "defenses.split_at",
     "scores.within_class",
+    "threat.Overlay",
     "threat.Relabel",
     "threat.Trigger",
     "threat.additive",

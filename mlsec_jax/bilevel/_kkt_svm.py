@@ -45,6 +45,7 @@ def kkt_svm(
     *,
     kernel: Kernel | None = None,
     C: Any = 1.0,
+    bias: bool = True,
     tolerance: float = 1e-10,
     num_steps: int = 60,
     ridge: float = 1e-13,
@@ -66,6 +67,8 @@ def kkt_svm(
       kernel: `linear()` (default), `polynomial(degree, coef)`, `rbf(gamma)`, or any differentiable
         `(a [m, d], b [n, d]) -> [m, n]` that is positive semi-definite.
       C: weight of the hinge losses, `½‖w‖² + C Σ_i w_i max(0, 1 - y_i f(x_i))`: scikit-learn's, with sample weights.
+      bias: whether there is a free bias. False drops `Σ y_i a_i = 0` and keeps the bias at 0; with the kernel
+        `K(a, b) + 1` the bias is then penalised like any weight, as in liblinear (scikit-learn's `LinearSVC`).
       tolerance: of the interior point's complementarity; in float32 it stops at about 1e-6.
       num_steps: its greatest number of steps (static); 15 to 25 are usual.
       ridge: added to K_SS, times the mean of K's diagonal. Duplicates among the margin vectors make K_SS singular;
@@ -102,52 +105,51 @@ def kkt_svm(
     def fit(key: Key, params: Params, data: Data) -> tuple[SVMParams, Info]:
         del key, params
         x, gram, sign, cap = prepare(data)
-        coef, bias, pattern, steps = _optimum(num_steps, gram, sign, cap, tolerance, ridge)
+        coef, shift, pattern, steps = _optimum(num_steps, bias, gram, sign, cap, tolerance, ridge)
         values = gram @ coef
-        hinge = jax.nn.relu(1 - sign * (values + bias))
+        hinge = jax.nn.relu(1 - sign * (values + shift))
         info = {
-            "stationarity": _violation(gram, sign, cap, coef, bias),
+            "stationarity": _violation(bias, gram, sign, cap, coef, shift),
             "objective": jnp.vdot(coef, values) / 2 + jnp.vdot(cap, hinge),
             "num_margin": jnp.sum(pattern == MARGIN),
             "num_bound": jnp.sum(pattern == BOUND),
             "num_steps": steps,
         }
-        return SVMParams(coef, bias, x), jax.lax.stop_gradient(info)
+        return SVMParams(coef, shift, x), jax.lax.stop_gradient(info)
 
     def probe(key: Key, params: Params, data: Data, cotangent: SVMParams) -> dict[str, jax.Array]:
         _, gram, sign, cap = prepare(data)
-        coef, bias, pattern, _ = _optimum(num_steps, gram, sign, cap, tolerance, ridge)
+        coef, shift, pattern, _ = _optimum(num_steps, bias, gram, sign, cap, tolerance, ridge)
         margin = (pattern == MARGIN).astype(gram.dtype)
-        matrix = _kkt_matrix(gram, margin, ridge)
+        matrix = _kkt_matrix(bias, gram, margin, ridge)
         target = jnp.append(margin * cotangent.coef, cotangent.bias)
-        exact = _kkt_matrix(gram, margin, 0.0)
+        exact = _kkt_matrix(bias, gram, margin, 0.0)
         residual = jnp.linalg.norm(exact @ jnp.linalg.solve(matrix, target) - target)
         scale = jnp.maximum(jnp.linalg.norm(target), jnp.finfo(target.dtype).tiny)
-        stationarity = _violation(gram, sign, cap, coef, bias)
+        stationarity = _violation(bias, gram, sign, cap, coef, shift)
         return {"stationarity": stationarity, "residual": residual / scale, "pattern": pattern}
 
     return Trainer(fit, probe)
 
 
-def _violation(gram: jax.Array, sign: jax.Array, cap: jax.Array, coef: jax.Array, bias: jax.Array) -> jax.Array:
-    """The natural residual `max |a - clip(a - (y f - 1), 0, cap)|`, and `|Σ c|`; 0 exactly at an optimum."""
+def _violation(free: bool, gram: jax.Array, sign: jax.Array, cap: jax.Array, coef: jax.Array, bias: jax.Array) -> jax.Array:
+    """The natural residual `max |a - clip(a - (y f - 1), 0, cap)|`, and `|Σ c|` if the bias is free; 0 at an optimum."""
     a = sign * coef
     gap = sign * (gram @ coef + bias) - 1
     natural = jnp.where(cap > 0, jnp.abs(a - jnp.clip(a - gap, 0, cap)), 0)
-    return jnp.maximum(jnp.max(natural), jnp.abs(jnp.sum(coef)))
+    return jnp.maximum(jnp.max(natural), jnp.abs(jnp.sum(coef))) if free else jnp.max(natural)
 
 
-def _kkt_matrix(gram: jax.Array, margin: jax.Array, ridge: Any) -> jax.Array:
-    """`[K_SS 1; 1ᵀ 0]` at full size: identity off the margin set, and in the corner if that set is empty."""
+def _kkt_matrix(free: bool, gram: jax.Array, margin: jax.Array, ridge: Any) -> jax.Array:
+    """`[K_SS 1; 1ᵀ 0]` at full size: identity off the margin set, and in the corner if nothing determines the bias."""
     scale = jnp.asarray(ridge, gram.dtype) * jnp.mean(jnp.abs(jnp.diagonal(gram)))
     block = gram * margin[:, None] * margin[None, :] + jnp.diag(1 - margin + scale * margin)
-    corner = jnp.where(jnp.any(margin > 0), 0, 1).astype(gram.dtype)
-    return jnp.block([[block, margin[:, None]], [margin[None, :], corner[None, None]]])
+    border = margin if free else jnp.zeros_like(margin)
+    corner = jnp.where(jnp.any(border > 0), 0, 1).astype(gram.dtype)
+    return jnp.block([[block, border[:, None]], [border[None, :], corner[None, None]]])
 
 
-def _bias_ends(
-    values: jax.Array, sign: jax.Array, pattern: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _bias_ends(values: jax.Array, sign: jax.Array, pattern: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Without margin vectors, the rows that bound the bias from below and from above, and whether there are such.
 
     A row at 0 wants `y f ≥ 1`, a row at its bound `y f ≤ 1`; `e = y - K c` is where each turns.
@@ -162,38 +164,42 @@ def _bias_ends(
 
 
 def _on_pattern(
-    gram: jax.Array, sign: jax.Array, cap: jax.Array, pattern: jax.Array, ridge: float
+    free: bool, gram: jax.Array, sign: jax.Array, cap: jax.Array, pattern: jax.Array, ridge: float
 ) -> tuple[jax.Array, jax.Array]:
     """The coefficients and the bias that solve the KKT system of a given pattern (one step of refinement)."""
     margin = (pattern == MARGIN).astype(gram.dtype)
     fixed = jnp.where(pattern == BOUND, sign * cap, 0)
-    target = jnp.append(margin * (sign - gram @ fixed), -jnp.sum(fixed))
+    target = jnp.append(margin * (sign - gram @ fixed), -jnp.sum(fixed) if free else 0)
     empty = ~jnp.any(margin > 0)
     target = jnp.where(empty, jnp.zeros_like(target), target)
-    factor = jax.scipy.linalg.lu_factor(_kkt_matrix(gram, margin, ridge))
-    exact = _kkt_matrix(gram, margin, 0.0)
+    factor = jax.scipy.linalg.lu_factor(_kkt_matrix(free, gram, margin, ridge))
+    exact = _kkt_matrix(free, gram, margin, 0.0)
     solution = jax.scipy.linalg.lu_solve(factor, target)
     solution = solution + jax.scipy.linalg.lu_solve(factor, target - exact @ solution)
     coef = margin * solution[:-1] + fixed
+    if not free:
+        return coef, jnp.zeros_like(solution[-1])
     left, right, turn, bounded = _bias_ends(gram @ coef, sign, pattern)
     middle = jnp.where(bounded, (turn[left] + turn[right]) / 2, 0)
     return coef, jnp.where(empty, middle, solution[-1])
 
 
 def _interior_point(
-    gram: jax.Array, sign: jax.Array, cap: jax.Array, tolerance: float, num_steps: int
+    free: bool, gram: jax.Array, sign: jax.Array, cap: jax.Array, tolerance: float, num_steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Mehrotra's predictor-corrector on the dual, scaled to a mean cap of 1: `(pattern, a, bias, steps)`.
 
     Every step solves `(Q + z/a + v/s) da + y db = h`, `yᵀda = -yᵀa` by one Cholesky factorisation; z and v are the
     multipliers of `a ≥ 0` and `s = cap - a ≥ 0`. Absent rows are an identity block that never moves nor counts.
+    Without a free bias the border y is zero.
     """
     dtype = gram.dtype
     here = cap > 0
     count = jnp.maximum(jnp.sum(here.astype(dtype)), 1)
     unit = jnp.where(jnp.any(here), jnp.sum(cap) / count, 1)
-    y = jnp.where(here, sign, 0)
-    q = jnp.where(here[:, None] & here[None, :], gram * y[:, None] * y[None, :] * unit, jnp.eye(cap.size, dtype=dtype))
+    both = here[:, None] & here[None, :]
+    q = jnp.where(both, gram * sign[:, None] * sign[None, :] * unit, jnp.eye(cap.size, dtype=dtype))
+    y = jnp.where(here, sign, 0) if free else jnp.zeros_like(sign)
     top = jnp.where(here, cap / unit, 1)
     one = here.astype(dtype)
     only = lambda v: jnp.where(here, v, 0)
@@ -244,7 +250,8 @@ def _interior_point(
     first = jnp.maximum(jnp.max(jnp.abs(only(q @ half - one))), 1) * jnp.ones_like(top)
     begin = (half, jnp.zeros((), dtype), first, first, jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, dtype))
     a, b, z, v, steps, _ = jax.lax.while_loop(unfinished, body, begin)
-    pattern = jnp.where(a < z, ZERO, jnp.where(top - a < v, BOUND, MARGIN))
+    # a row of tiny cap is close to both its ends: the nearer counts
+    pattern = jnp.where((a < z) & (a <= top - a), ZERO, jnp.where(top - a < v, BOUND, MARGIN))
     return jnp.where(here, pattern, ABSENT).astype(jnp.int32), only(a) * unit, b, steps
 
 
@@ -261,40 +268,40 @@ def _pattern_of(
     return jnp.where(pattern == ABSENT, ABSENT, new).astype(jnp.int32)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _optimum(
-    num_steps: int, gram: jax.Array, sign: jax.Array, cap: jax.Array, tolerance: Any, ridge: Any
+    num_steps: int, free: bool, gram: jax.Array, sign: jax.Array, cap: jax.Array, tolerance: Any, ridge: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`(coef, bias, pattern, steps)`: the interior point, then active-set steps; the least violation is kept."""
-    pattern, a, b, steps = _interior_point(gram, sign, cap, tolerance, num_steps)
+    pattern, a, b, steps = _interior_point(free, gram, sign, cap, tolerance, num_steps)
 
     def body(_: int, carry: Any) -> Any:
         best, best_violation, pattern = carry
-        coef, bias = _on_pattern(gram, sign, cap, pattern, ridge)
-        violation = _violation(gram, sign, cap, coef, bias)
+        coef, bias = _on_pattern(free, gram, sign, cap, pattern, ridge)
+        violation = _violation(free, gram, sign, cap, coef, bias)
         better = violation < best_violation
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (coef, bias, pattern), best)
         then = _pattern_of(gram, sign, cap, coef, bias, pattern)
         return best, jnp.where(better, violation, best_violation), then
 
     start = (sign * a, b, pattern)
-    violation = _violation(gram, sign, cap, sign * a, b)
+    violation = _violation(free, gram, sign, cap, sign * a, b)
     (coef, bias, pattern), _, _ = jax.lax.fori_loop(0, POLISH, body, (start, violation, pattern))
     return coef, bias, pattern, steps
 
 
 @_optimum.defjvp
-def _optimum_jvp(num_steps: int, primals: Any, tangents: Any) -> Any:
+def _optimum_jvp(num_steps: int, free: bool, primals: Any, tangents: Any) -> Any:
     """The differential of the KKT system with its pattern held; labels and tolerances have none."""
     gram, sign, cap, tolerance, ridge = primals
     d_gram, _, d_cap, _, _ = tangents
-    coef, bias, pattern, steps = _optimum(num_steps, gram, sign, cap, tolerance, ridge)
+    coef, bias, pattern, steps = _optimum(num_steps, free, gram, sign, cap, tolerance, ridge)
     margin = (pattern == MARGIN).astype(gram.dtype)
     d_fixed = jnp.where(pattern == BOUND, sign * d_cap, 0)
     d_values = d_gram @ coef + gram @ d_fixed
     left, right, _, bounded = _bias_ends(gram @ coef, sign, pattern)
     middle = jnp.where(bounded, -(d_values[left] + d_values[right]) / 2, 0)
-    last = jnp.where(jnp.any(margin > 0), -jnp.sum(d_fixed), middle)
-    solution = jnp.linalg.solve(_kkt_matrix(gram, margin, ridge), jnp.append(-margin * d_values, last))
+    last = jnp.where(jnp.any(margin > 0), -jnp.sum(d_fixed), middle) if free else jnp.zeros_like(middle)
+    solution = jnp.linalg.solve(_kkt_matrix(free, gram, margin, ridge), jnp.append(-margin * d_values, last))
     still = (np.zeros(pattern.shape, jax.dtypes.float0), np.zeros(steps.shape, jax.dtypes.float0))
     return (coef, bias, pattern, steps), (margin * solution[:-1] + d_fixed, solution[-1], *still)

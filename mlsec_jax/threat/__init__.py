@@ -1,6 +1,7 @@
 """Who may change what: constructors of `Threat`, and of the triggers that one of them stamps."""
 
 from mlsec_jax.threat._labels import flip_labels, reweigh
+from mlsec_jax.threat._overlay import Overlay
 from mlsec_jax.threat._rows import append_rows, perturb_rows, reserve
 from mlsec_jax.threat._triggers import (
     Relabel,
@@ -19,6 +20,7 @@ from mlsec_jax.threat._triggers import (
 )
 
 __all__ = [
+    "Overlay",
     "Relabel",
     "Trigger",
     "additive",

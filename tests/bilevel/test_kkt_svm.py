@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.svm import SVC
+from sklearn.svm import SVC, LinearSVC
 
 from mlsec_jax import bilevel, losses
 from mlsec_jax.base import dataset
@@ -200,3 +200,18 @@ def test_hinge_loss_of_the_decision_function_and_bad_arguments():
         bilevel.rbf(-1.0)
     with pytest.raises(ValueError, match="degree"):
         bilevel.polynomial(0)
+
+
+def test_without_a_bias_and_rows_of_tiny_weight():
+    """No equality constraint: with `K + 1` the penalised bias of liblinear; a cap of 1e-8 is reached, not taken for 0."""
+    data = problem(n=40, d=6)
+    weight = data.weight.at[::5].set(1e-8)
+    trainer = bilevel.kkt_svm(kernel=lambda a, b: a @ b.T + 1, bias=False, C=0.2)
+    params, info = jax.jit(lambda weight: trainer(KEY, None, data._replace(weight=weight)))(weight)
+    x, y, w = (np.asarray(leaf) for leaf in (data.x, data.y, weight))
+    theta = np.asarray(params.coef) @ np.column_stack([x, np.ones(40)])
+    peer = LinearSVC(loss="hinge", C=0.2, tol=1e-10, max_iter=200_000, random_state=0).fit(x, y, sample_weight=w)
+    assert info["stationarity"] < 1e-11 and params.bias == 0
+    np.testing.assert_allclose(theta, np.append(peer.coef_[0], peer.intercept_), atol=1e-5)
+    violated = (2 * y - 1) * (x @ theta[:-1] + theta[-1]) < 0.99
+    np.testing.assert_allclose(np.abs(params.coef)[violated], 0.2 * w[violated], rtol=1e-9)
