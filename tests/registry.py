@@ -158,7 +158,7 @@ def _hidden(pairing):
     """The row's factory, with the trigger of rows that are no images."""
 
     def factory(problem, **reach):
-        return attacks.hidden_trigger(_features, TRIGGERS["blend"](0.5), optimizer=ADAM, pairing=pairing, **reach)
+        return attacks.hidden_trigger(_features, TRIGGERS["blend"](0.1), optimizer=ADAM, pairing=pairing, **reach)
 
     return factory
 
