@@ -205,7 +205,7 @@ def _februus(tau):
     return defenses.februus(defenses.grad_cam(split), fill_fn=defenses.fill_harmonic(num_steps=4), tau=tau)
 
 
-def _pictures(problem):
+def _clean_images(problem):
     """The problem's rows as 2 x 2 images, in a network whose weights are not zero."""
     problem = _seen(problem)
     image = lambda data: data._replace(x=data.x.reshape(-1, 2, 2, 1))
@@ -518,7 +518,7 @@ ROWS = [
         "defenses.prune_trigger", "repair", _pruned, problem=_stamped, zero=lambda p: _pruned(p, 1.0), budget=0.01
     ),
     *(
-        Row(f"defenses.invert_trigger({name})", "inspector", _inverter(objective), problem=_pictures, budget=0.6)
+        Row(f"defenses.invert_trigger({name})", "inspector", _inverter(objective), problem=_clean_images, budget=0.6)
         for name, objective in (("neural_cleanse", defenses.neural_cleanse()), ("tabor", defenses.tabor()))
     ),
     Row(
