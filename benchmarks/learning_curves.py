@@ -175,18 +175,12 @@ def load(size: str) -> tuple[Any, Any, tuple[int, int], list[str]]:
         x, y = data.select_classes(images, digits, (7, 1))
         order = np.asarray(jax.random.permutation(jax.random.key(0), len(y)))
         return (x[order[:500]], y[order[:500]]), (x[order[500:]], y[order[500:]]), (300, 500), [note]
-<<<<<<< HEAD
-    train, test = (data.load("mnist", split=split)[:2] for split in ("train", "test"))
-    pick = lambda rows: data.select_classes(rows[0], rows[1], (7, 1))
-    return pick(train), pick(test), (1500, 500), []
-=======
 
     def pair(split: str) -> tuple[np.ndarray, np.ndarray]:
         images, digits = data.load("mnist", split=split)
         return data.select_classes(images, digits, (7, 1))
 
     return pair("train"), pair("test"), (1500, 500), []
->>>>>>> curves
 
 
 @benchmark
