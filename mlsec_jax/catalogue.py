@@ -349,3 +349,30 @@ _row(
     budget="scale of the noise",
     reference="baseline",
 )
+_row(
+    "defenses.partition_aggregation",
+    title="Deep partition aggregation",
+    goal=("integrity", "availability"),
+    stage="during training",
+    changes="many models, each of its own rows, vote",
+    budget="certified: rows added and deleted, or labels flipped",
+    reference="Levine & Feizi, ICLR 2021",
+)
+_row(
+    "defenses.bagging",
+    title="Certified bagging",
+    goal=("integrity", "availability"),
+    stage="during training",
+    changes="many models, each of few rows drawn at random, vote",
+    budget="certified with confidence: rows changed, added, deleted",
+    reference="Jia, Cao & Gong, AAAI 2021",
+)
+_row(
+    "defenses.label_flip_smoothing",
+    title="Label-flip smoothing",
+    goal=("integrity", "availability"),
+    stage="during training",
+    changes="averages least squares over random labels",
+    budget="certified: labels flipped",
+    reference="Rosenfeld, Winston, Ravikumar & Kolter, ICML 2020",
+)

@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
       name: `room.method`.
-      kind: attack, trainer, threat, transform (of data), repair (of parameters) or scorer.
+      kind: attack, trainer, threat, transform (of data), repair (of parameters), ensemble or scorer.
       build: `(problem, budget) -> method`; budget is a float hyper-parameter (radius, rate…) that may be a tracer.
       problem: how the shared problem is turned into the method's own.
       zero: `problem -> method` that may change nothing; None where the idea has no meaning.
@@ -174,6 +174,14 @@ def _trainer(name, make, **options):
 
 def _objective(problem, l2):
     return losses.regularised(problem.loss_fn, l2=l2, penalise=None)
+
+
+def _partitions(problem, _, **options):
+    return defenses.partition_aggregation(_unrolled(problem), problem.apply_fn, num_partitions=2, capacity=8, **options)
+
+
+def _bag(problem, _):
+    return defenses.bagging(_unrolled(problem), problem.apply_fn, num_models=6, num_draws=3, alpha=0.3)
 
 
 ROWS = [
@@ -343,6 +351,16 @@ ROWS = [
         lambda problem, scale: defenses.noise_weights(scale),
         zero=lambda problem: defenses.noise_weights(0.0),
     ),
+    Row("defenses.partition_aggregation", "ensemble", _partitions),
+    Row(
+        "defenses.partition_aggregation(labels_only)", "ensemble", lambda problem, _: _partitions(problem, _, labels_only=True)
+    ),
+    Row("defenses.bagging", "ensemble", _bag),
+    Row(
+        "defenses.label_flip_smoothing",
+        "ensemble",
+        lambda problem, q: defenses.label_flip_smoothing(flip_rate=q, l2=0.1, num_classes=problems.CLASSES),
+    ),
     Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
     Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),
     Row(
@@ -360,6 +378,8 @@ ROWS = [
 
 # Public names of the attack room that are no methods: orders, starts, goals, pieces.
 HELPERS = {
+    "defenses.Bagged",
+    "defenses.Smoothed",
     "scores.within_class",
     "threat.Relabel",
     "threat.Trigger",

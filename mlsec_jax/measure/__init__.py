@@ -9,7 +9,7 @@ from mlsec_jax.measure._error import (
     error_on,
     per_class_error,
 )
-from mlsec_jax.measure._interval import Interval, mean_interval, wilson
+from mlsec_jax.measure._interval import Interval, clopper_pearson, mean_interval, wilson
 from mlsec_jax.measure._paired import PairedTest, mcnemar, sign_test
 from mlsec_jax.measure._roc import Roc, auc, roc, tpr_at_fpr
 from mlsec_jax.measure._transfer import gradient_alignment, input_gradient_size, surrogate_variance
@@ -22,6 +22,7 @@ __all__ = [
     "accuracy",
     "attack_success",
     "auc",
+    "clopper_pearson",
     "confusion",
     "error",
     "error_on",

@@ -11,6 +11,7 @@ from mlsec_jax.train._presets import (
     scratch,
 )
 from mlsec_jax.train._pretrain import Recipe, pretrain
+from mlsec_jax.train._row_space import row_space
 
 __all__ = [
     "Recipe",
@@ -22,5 +23,6 @@ __all__ = [
     "logistic_regression",
     "pretrain",
     "ridge",
+    "row_space",
     "scratch",
 ]
