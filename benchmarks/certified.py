@@ -21,6 +21,7 @@ References: Levine & Feizi, ICLR 2021; Jia, Cao & Gong, AAAI 2021; Rosenfeld et 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def apply_fn(params: Any, x: jax.Array, key: Any = None) -> jax.Array:
 
 def digits(classes: tuple[int, ...], size: Size) -> tuple[mj.Data, mj.Data, list[str]]:
     """`(training rows with some reserved, test rows, notes)`: flat images in [0, 1], labels from 0."""
-    notes = []
+    notes: list[str] = []
     try:
         parts = [data.load("mnist", split=split) for split in ("train", "test")]
     except FileNotFoundError:
@@ -111,12 +112,16 @@ def victims(size: Size, num_rows: int, num_classes: int, dim: int) -> dict[str, 
     plain = bilevel.unrolled(losses.cross_entropy(apply_fn), optax.sgd(0.05, momentum=0.9), STEPS)
     trainer = train.row_space(plain, lambda path, leaf: path == "w")
     start = {"w": jnp.zeros((dim, num_classes)), "b": jnp.zeros(num_classes)}
-    jitted = lambda pair, **more: Victim(lambda *a, fit=jax.jit(pair[0]): fit(*a)[0], jax.jit(pair[1]), start, **more)
+
+    def jitted(pair: tuple, dealt: Callable | None = None) -> Victim:
+        fit = jax.jit(lambda key, params, rows: pair[0](key, params, rows)[0])
+        return Victim(fit, jax.jit(pair[1]), start, dealt)
+
     found = {}
     for name, labels_only in (("dpa", False), ("ssdpa", True)):
-        own = {"num_partitions": max(num_rows // size.per_partition, 1), "capacity": 2 * size.per_partition}
-        own["labels_only"] = labels_only
-        keep = lambda key, params, rows: (jnp.where(rows.weight > 0, rows.y, -1), {})
+        own: dict[str, Any] = {"num_partitions": max(num_rows // size.per_partition, 1), "labels_only": labels_only}
+        own["capacity"] = 2 * size.per_partition
+        keep: Callable = lambda key, params, rows: (jnp.where(rows.weight > 0, rows.y, -1), {})
         deal = jax.jit(defenses.partition_aggregation(keep, apply_fn, **own)[0])
         number = lambda rows: rows._replace(y=jnp.arange(rows.num_rows, dtype=jnp.int32))
         dealt = lambda rows, deal=deal, number=number: np.asarray(deal(jax.random.key(0), None, number(rows))[0])
@@ -128,12 +133,12 @@ def victims(size: Size, num_rows: int, num_classes: int, dim: int) -> dict[str, 
 
 
 class Aim(NamedTuple):
-    """One target, and what its adversary needs: the label it has, the label it is to get, and its votes' margins."""
+    """One target, and what its adversary needs: the label it has, the label it is to get, and its votes' margins, if any."""
 
     x: np.ndarray
     label: int
     rival: int
-    margin: np.ndarray | None
+    margin: np.ndarray
 
 
 def aims(name: str, victim: Victim, models: Any, tests: mj.Data, number: int) -> list[Aim]:
@@ -143,7 +148,7 @@ def aims(name: str, victim: Victim, models: Any, tests: mj.Data, number: int) ->
     chosen = np.flatnonzero(np.asarray(label == tests.y))[:number]
     found = []
     for k in chosen:
-        x, mine, margin = tests.x[k], int(label[k]), None
+        x, mine, margin = tests.x[k], int(label[k]), np.zeros(0)
         if name == "smooth":
             alpha = models.share + models.rows @ (x - models.mean)
             score = np.bincount(np.asarray(models.y), weights=np.asarray(alpha, np.float64), minlength=num_classes)
@@ -223,15 +228,16 @@ def judge(name: str, victim: Victim, rows: mj.Data, tests: mj.Data, size: Size, 
 @benchmark
 def run(size: str, seed: int, context: Any) -> Result:
     """Every defense on both tasks."""
-    chosen, figures, notes = SIZES[size], {}, []
+    chosen = SIZES[size]
+    figures: dict[str, Any] = {}
+    notes: list[str] = []
     violations = n_trials = 0
     for task, classes in TASKS.items():
         rows, tests, notes = digits(classes, chosen)
         num_rows = int(np.count_nonzero(rows.weight))
         for name, victim in victims(chosen, num_rows, len(classes), rows.x.shape[1]).items():
             own = jax.tree.map(lambda leaf: leaf[:SMOOTHED], rows) if name == "smooth" else rows
-            once = lambda name=name, victim=victim, own=own: judge(name, victim, own, tests, chosen, context.key)
-            found = context.once(f"{name}-{task}", once)
+            found = context.once(f"{name}-{task}", functools.partial(judge, name, victim, own, tests, chosen, context.key))
             violations += found.pop("violations")
             n_trials += found.pop("n_targets") * len(chosen.budgets)
             for key, value in found.items():

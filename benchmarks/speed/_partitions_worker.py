@@ -56,7 +56,7 @@ def call(spec: dict[str, Any]) -> Callable[[], np.ndarray]:
         return jax.lax.map(lambda model: apply_fn(model, tests), models)
 
     if not Path(spec["dealt"]).exists():
-        itself = lambda key, params, rows: (rows, {})
+        itself: Callable = lambda key, params, rows: (rows, {})
         deal, _ = defenses.partition_aggregation(itself, apply_fn, **own)
         dealt, info = jax.jit(deal)(jax.random.key(0), start, data)
         assert int(info["unused"]) == 0, "a partition is larger than the capacity"

@@ -1,4 +1,4 @@
-"""The adversaries of the certified benchmark keep to their budgets and land where they aim; the speed benchmark's two programs agree."""
+"""The certified benchmark's adversaries keep to their budgets and land where they aim; both programs of the speed one agree."""
 
 import json
 

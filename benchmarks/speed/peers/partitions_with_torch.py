@@ -23,7 +23,8 @@ from benchmarks import _served
 
 def model(kind: str, arrays: dict[str, np.ndarray]) -> nn.Module:
     """The network with the weights that everyone starts from, in PyTorch's order `[out, in]`."""
-    weights = [arrays["hidden"], arrays["out"]] if kind == "mlp" else [np.zeros_like(arrays["hidden"], shape=(arrays["x"].shape[1], 10))]
+    zeros = np.zeros((arrays["x"].shape[1], arrays["out"].shape[1]), np.float32)
+    weights = [arrays["hidden"], arrays["out"]] if kind == "mlp" else [zeros]
     layers: list[nn.Module] = []
     for weight in weights:
         layer = nn.Linear(*weight.shape)
