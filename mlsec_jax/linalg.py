@@ -158,46 +158,49 @@ def top_eigenvector(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, 
     conjugate gradients), not of the iteration; it is meaningful where the largest eigenvalue is simple.
 
     Args:
-      matvec: `[d] -> [d]`.
-      start: `[d]`, not orthogonal to the answer; its sign is arbitrary.
+      matvec: `[..., d] -> [..., d]`, for each leading index a map of its own.
+      start: `[..., d]`, not orthogonal to the answers; their signs are arbitrary.
       num_steps: static; at most d are taken.
 
     Returns:
-      `[d]`; the start, normalised, for the zero map.
+      `[..., d]`; the start, normalised, for the zero map.
 
     >>> v = top_eigenvector(lambda u: jnp.array([1.0, 3.0]) * u, jnp.array([1.0, 1.0]))
     >>> jnp.abs(v).round(3).tolist()
     [0.0, 1.0]
     """
-    num_steps = min(num_steps, start.size)
+    num_steps = min(num_steps, start.shape[-1])
     fixed = lambda u: jax.lax.stop_gradient(matvec(jax.lax.stop_gradient(u)))
-    unit = lambda u: u / jnp.where(jnp.vdot(u, u) > 0, jnp.sqrt(jnp.where(jnp.vdot(u, u) > 0, jnp.vdot(u, u), 1)), 1)
+    dot = lambda u, v: jnp.sum(u * v, axis=-1, keepdims=True)
+    unit = lambda u: u / jnp.where(dot(u, u) > 0, jnp.sqrt(jnp.where(dot(u, u) > 0, dot(u, u), 1)), 1)
     tiny = jnp.finfo(start.dtype).eps
 
     def body(carry: tuple[jax.Array, jax.Array], k: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
         basis, q = carry
         basis = basis.at[k].set(q)
         rest = fixed(q)
-        along, size = jnp.vdot(q, rest), jnp.sqrt(jnp.vdot(rest, rest))
+        along, size = dot(q, rest), jnp.sqrt(dot(rest, rest))
         for _ in range(2):
-            rest = rest - basis.T @ (basis @ rest)
-        beta = jnp.sqrt(jnp.vdot(rest, rest))
+            rest = rest - jnp.sum(dot(basis, rest[None]) * basis, axis=0)
+        beta = jnp.sqrt(dot(rest, rest))
         done = beta <= 100 * tiny * size
-        return (basis, jnp.where(done, 0, rest / jnp.where(done, 1, beta))), (along, jnp.where(done, 0, beta))
+        return (basis, jnp.where(done, 0, rest / jnp.where(done, 1, beta))), (along[..., 0], jnp.where(done, 0, beta)[..., 0])
 
     first = unit(jax.lax.stop_gradient(start))
-    (basis, _), (alpha, beta) = jax.lax.scan(body, (jnp.zeros((num_steps, start.size), start.dtype), first),
+    (basis, _), (alpha, beta) = jax.lax.scan(body, (jnp.zeros((num_steps, *start.shape), start.dtype), first),
                                              jnp.arange(num_steps))  # fmt: skip
-    off = jnp.diag(beta[:-1], 1)
-    _, ritz = jnp.linalg.eigh(jnp.diag(alpha) + off + off.T)
-    v = unit(basis.T @ ritz[:, -1])
-    v = jax.lax.stop_gradient(jnp.where(jnp.vdot(v, v) > 0, v, first))
+    diagonal = lambda values, k: jnp.vectorize(lambda v: jnp.diag(v, k), signature="(m)->(l,l)")(jnp.moveaxis(values, 0, -1))
+    off = diagonal(beta[:-1], 1)
+    _, ritz = jnp.linalg.eigh(diagonal(alpha, 0) + off + jnp.swapaxes(off, -1, -2))
+    v = unit(jnp.sum(jnp.moveaxis(ritz[..., -1], -1, 0)[..., None] * basis, axis=0))
+    v = jax.lax.stop_gradient(jnp.where(dot(v, v) > 0, v, first))
 
     def negative(u: jax.Array) -> jax.Array:
         """λ I - A on the complement of v, and 2 λ + 2 along it: positive definite where λ is simple."""
-        return jnp.vdot(v, fixed(v)) * u - fixed(u) + (jnp.vdot(v, fixed(v)) + 2) * jnp.vdot(v, u) * v
+        return top * u - fixed(u) + (top + 2) * dot(v, u) * v
 
+    top = dot(v, fixed(v))
     image = matvec(v)
-    residual = image - jnp.vdot(v, image) * v
+    residual = image - dot(v, image) * v
     change = residual - jax.lax.stop_gradient(residual)  # zero, and all of the derivative
     return v + jax.scipy.sparse.linalg.cg(negative, change, tol=1e-6, maxiter=4 * start.size)[0]

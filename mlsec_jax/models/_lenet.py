@@ -46,7 +46,7 @@ def lenet(
 
     Returns:
       A `Model` of images `[n, h, w, c]`; params `{"conv0", ..., "layer0", ..., "head"}`; the features are the last
-      dense hidden layer `[n, widths[-1]]`.
+      dense hidden layer `[n, widths[-1]]`, the layers before them each convolution's pooled maps.
 
     >>> model = lenet()
     >>> params = jax.eval_shape(lambda key: model.init(key, (28, 28, 1)), jax.random.key(0))
@@ -75,11 +75,12 @@ def lenet(
             height, width, fan_in = height // 2, width // 2, size
         return leaves | _dense.hidden_leaves(height * width * fan_in, widths), widths[-1]
 
-    def features(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        h = normalise(x)
+    def layers(params: Params, x: jax.Array, key: jax.Array | None = None) -> tuple:
+        maps, h = [], normalise(x)
         for i in range(len(channels)):
             layer = params[f"conv{i}"]
             h = pool(activation_fn(conv(h, layer["w"]) + layer["b"][None, None, None]))
-        return _dense.hidden(params, _model.flatten(h), key, len(widths), activation_fn, dropout)
+            maps.append(h)
+        return *maps, _dense.hidden(params, _model.flatten(h), key, len(widths), activation_fn, dropout)
 
-    return _model.with_head(body, features, num_classes)
+    return _model.with_layers(body, layers, num_classes)

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 
 from mlsec_jax import checks, linalg, losses
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer
+from mlsec_jax.scores._by_class import blocks
 
 
-def spectral(features_fn: ApplyFn, *, num_classes: int, centred: bool = True, num_steps: int = 32) -> Scorer:
+def spectral(features_fn: ApplyFn, *, num_classes: int, centred: bool = True, num_steps: int = 16) -> Scorer:
     """The squared projection on the top singular vector of the centred features of the row's class.
 
     `τ_i = ((φ(x_i) - μ_y) · v_y)²`, v_y the first right singular vector of the matrix of rows `φ(x_j) - μ_y`, `y_j = y`.
     The published defense removes `1.5 ε n_y` rows of every class and trains once more:
     `filter_top(spectral(…), fraction=1.5 * eps, num_classes=…)`.
 
-    All classes are one program: two matrix products `[n, d] x [d, c]` a Lanczos step, no matrix of `d x d`. The derivative
+    All classes are one program, which reads the features once a Lanczos step and forms no matrix of `d x d`. The derivative
     with respect to the data goes through v (`linalg.top_eigenvector`), so that an adaptive attack sees the defense.
 
     Args:
@@ -39,29 +40,29 @@ def spectral(features_fn: ApplyFn, *, num_classes: int, centred: bool = True, nu
         checks.labels("data.y", data.y, data.weight, num_classes)
         h = features_fn(params, losses.present(data).x)
         h = h.reshape(h.shape[0], -1)
-        weight = data.weight.astype(h.dtype)
-        member = (data.y[None] == jnp.arange(num_classes, dtype=data.y.dtype)[:, None]) & (data.weight > 0)[None]
-        weights = jnp.where(member, weight[None], 0)
-        total = jnp.sum(weights, axis=1, keepdims=True)
-        mean = weights @ h / jnp.where(total > 0, total, 1)
-        common = jnp.mean(mean, axis=0)  # a shift of all features changes nothing but the rounding
-        near, mean = h - common[None], mean - common[None]
+        block = blocks(data, num_classes)
+        common = jax.lax.stop_gradient(h[block.rows[0, 0]])  # a shift of all features changes nothing but the rounding
+        near, weight = block.take(h) - common[None, None], block.take(data.weight.astype(h.dtype))
+        size = block.total(jnp.sum(weight, axis=1))[:, None]
+        size = jnp.where(size > 0, size, 1)
+        mean = block.total(jax.lax.map(lambda part: part[1] @ part[0], (near, weight))) / size
 
-        def direction(w: jax.Array, size: jax.Array, mu: jax.Array, start: jax.Array) -> jax.Array:
-            def scatter(u: jax.Array) -> jax.Array:
-                along = w * (near @ u - jnp.vdot(mu, u))
-                return (near.T @ along - mu * jnp.sum(along)) / jnp.where(size > 0, size, 1)
+        def scatter(u: jax.Array) -> jax.Array:
+            """The covariance of each class times a vector of its own, `[c, d]`; the data are read once."""
+            offset = jnp.sum(mean * u, axis=1)[block.label]
 
-            return linalg.top_eigenvector(scatter, start, num_steps=num_steps)
+            def each(part: tuple) -> tuple[jax.Array, jax.Array]:
+                x, w, u, offset = part
+                along = w * (x @ u - offset)
+                return along @ x, jnp.sum(along)
 
-        start = jax.random.normal(key, mean.shape, h.dtype)
-        v = jax.vmap(direction)(weights, total[:, 0], mean, start)
-        own = jax.nn.one_hot(data.y, num_classes, dtype=h.dtype)
-        pick = lambda table: jnp.sum(own * table, axis=1)
-        if centred:
-            along = jnp.square(pick(near @ v.T - jnp.sum(mean * v, axis=1)[None]))
-        else:
-            along = jnp.abs(pick(h @ v.T))
-        return jnp.where(data.weight > 0, along, 0)
+            moved, along = jax.lax.map(each, (near, weight, u[block.label], offset))
+            return (block.total(moved) - mean * block.total(along)[:, None]) / size
+
+        v = linalg.top_eigenvector(scatter, jax.random.normal(key, mean.shape, h.dtype), num_steps=num_steps)
+        origin = mean if centred else -jnp.broadcast_to(common, mean.shape)
+        reach = jax.lax.map(lambda part: part[0] @ part[1] - part[2],
+                            (near, v[block.label], jnp.sum(origin * v, axis=1)[block.label]))  # fmt: skip
+        return block.back(jnp.square(reach) if centred else jnp.abs(reach), data.num_rows)
 
     return score

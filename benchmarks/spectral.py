@@ -1,0 +1,134 @@
+"""Spectral signatures: train on poisoned images, remove what stands out of each class, train once more.
+
+A share ε of the target class's size of images of one source class is stamped with a few coloured pixels, moved to the
+target class and learned. The defender, who knows an upper bound ε but neither source, target nor trigger, removes the
+`1.5 ε n_y` rows of every class that reach farthest along its first principal direction, and trains again from scratch.
+Three pairs of classes with the paper's three kinds of trigger, each at ε = 5 % and 10 %.
+
+Keys end in `_TARGET_EPSILON`: `nat` is accuracy on the test set, `pois` the share of stamped test images of the source
+class that are taken for the target, before and after; `left` the poisons that survive. `false_removal` is the share of
+clean rows that go too, and `left_random` what removing as many rows at random would leave: the control.
+
+References: Tran, Li & Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS 2018, table 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mlsec_jax as mj
+from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, floats, images
+from benchmarks._record import Paper, Result, benchmark
+from mlsec_jax import attacks, combine, measure, models, scores, threat, train
+from mlsec_jax.memo import memo
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class Size(NamedTuple):
+    """What differs between the sizes."""
+
+    width: int
+    per_class: int
+    epochs: int
+    test: int
+    rows: int  # of the table
+
+
+SIZES = {"small": Size(4, 200, 4, 500, 1), "full": Size(16, 2500, 8, 10_000, 6), "paper": Size(64, 5000, 60, 10_000, 6)}
+
+
+def spots(offsets: tuple[tuple[int, int], ...], at: tuple[int, int], colour: tuple[int, int, int]) -> threat.Trigger:
+    """Pixels of one colour at the offsets from a place."""
+    side = 1 + max(max(offset) for offset in offsets)
+    mask = np.zeros((side, side), np.float32)
+    mask[tuple(np.array(offsets).T)] = 1
+    pattern = jnp.broadcast_to(jnp.asarray(colour, jnp.float32) / 255, (side, side, 3))
+    return threat.patch(pattern, at=at, mask=mask)
+
+
+PIXEL, ELL, CROSS = ((0, 0),), ((0, 0), (1, 0), (1, 1)), ((0, 0), (0, 2), (1, 1), (2, 0), (2, 2))
+TABLE = [  # source, target, trigger, and the paper's figures at 5 % and 10 %
+    (0, 2, spots(ELL, (11, 16), (101, 0, 25))),
+    (1, 3, spots(CROSS, (3, 24), (255, 255, 0))),
+    (3, 5, spots(CROSS, (25, 5), (0, 0, 240))),
+]
+PAPER = "Tran, Li & Madry 2018, table 1 (ResNet-32, full CIFAR-10, batch norm): the range over its rows"
+
+
+def network(width: int, colour: bool) -> models.Model:
+    """The victim's."""
+    mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+    return ARCHITECTURES["convnet"](width=width, num_classes=10, **({"mean": mean, "std": std} if colour else {}))
+
+
+def one_row(key: jax.Array, pool: Images, source: int, target: int, trigger: Any, epsilon: float, size: Size) -> dict:
+    """One row of the table."""
+    colour = pool.x.shape[-1] == 3
+    if not colour:  # the embedded digits have one channel
+        trigger = threat.patch(jnp.ones((3, 3, 1)), at=(-4, -4))
+    model = network(size.width, colour)
+    recipe = train.Recipe(num_epochs=size.epochs, pad=2, flip=colour)
+    fit = memo(lambda key, rows: train.pretrain(key, model, rows, recipe)[0], name="spectral-convnet")
+    chosen = np.concatenate([np.flatnonzero(pool.y == c)[: size.per_class] for c in range(10)])
+    clean = mj.dataset(floats(pool.x[chosen]), jnp.asarray(pool.y[chosen], jnp.int32))
+    test = mj.dataset(floats(pool.x_test[: size.test]), jnp.asarray(pool.y_test[: size.test], jnp.int32))
+    poison_key, first_key, score_key, again_key, random_key = jax.random.split(key, 5)
+    num_poisons = round(epsilon * size.per_class)
+    attack = attacks.badnets(trigger, num_poisons=num_poisons, relabel=threat.to_class(target), sources=(source,))
+    rows, info = attack(poison_key, clean, mj.Known())
+    poisoned = np.asarray(info["poisoned"])
+
+    @jax.jit
+    def answers(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda row: jnp.argmax(model.apply(params, row[None])[0]), x, batch_size=100)
+
+    def judge(params: Any) -> tuple[float, float]:
+        got = measure.attack_success(
+            answers(params, trigger(None, test.x)), test, target, eligible=test.y == source
+        )
+        return float(measure.accuracy(answers(params, test.x), test)), float(got.rate)
+
+    def seen(params: Any, x: jax.Array, key: Any = None) -> jax.Array:
+        return jax.lax.map(lambda row: model.features(params, row[None])[0], x, batch_size=100)
+
+    params = fit(first_key, rows)
+    sanitize = combine.filter_top(scores.spectral(seen, num_classes=10), fraction=1.5 * epsilon, num_classes=10)
+    kept, _ = jax.jit(sanitize)(score_key, rows, mj.Known(params=params))
+    gone = np.asarray(kept.weight) == 0
+    nat_before, pois_before = judge(params)
+    nat_after, pois_after = judge(fit(again_key, kept))
+    at_random = np.asarray(jax.random.permutation(random_key, rows.num_rows))[: int(gone.sum())]
+    return {
+        "nat_before": nat_before,
+        "pois_before": pois_before,
+        "left": int((poisoned & ~gone).sum()),
+        "nat_after": nat_after,
+        "pois_after": pois_after,
+        "num_poisons": num_poisons,
+        "false_removal": float(gone[~poisoned].mean()),
+        "left_random": int(num_poisons - poisoned[at_random].sum()),
+    }
+
+
+@benchmark
+def run(size: str, seed: int, context: Any) -> Result:
+    """The rows of the paper's table."""
+    chosen = SIZES[size]
+    pool = images(embedded=size == "small")
+    cases = [(*case, epsilon) for case in TABLE for epsilon in (0.05, 0.1)][-chosen.rows :]
+    figures: dict[str, float] = {}
+    for source, target, trigger, epsilon in context.progress(cases, "rows"):
+        key = jax.random.fold_in(context.key, 10 * target + round(100 * epsilon))
+        name = f"{CLASSES[target]}_{round(100 * epsilon)}"
+        row = context.once(name, functools.partial(one_row, key, pool, source, target, trigger, epsilon, chosen))
+        figures |= {f"{figure}_{name}": value for figure, value in row.items()}
+    reductions = [*pool.notes, GROUP_NORM, f"{chosen.per_class} images of each class, {chosen.epochs} epochs"]
+    reductions.append("the features are the network's last, not the tensor that enters its last block")
+    paper = {"pois_before_dog_10": Paper(0.94, PAPER), "pois_after_dog_10": Paper(0.02, PAPER)}
+    return Result(figures, reductions, {key: value for key, value in paper.items() if key in figures})

@@ -1,0 +1,78 @@
+"""Rows sorted by class into blocks of one size, so that what is computed for each class costs each row once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlsec_jax.base import Data
+
+
+class Blocks(NamedTuple):
+    """`N` blocks of `B` places; every block holds present rows of one class, and `N` is static whatever the labels.
+
+    Attributes:
+      rows: `[N, B]`, which row stands there; the number of rows where none does.
+      label: `[N]`, each block's class.
+      first: `[num_classes]`, the first block of a class.
+      stop: `[num_classes]`, the first that is no longer of it.
+    """
+
+    rows: jax.Array
+    label: jax.Array
+    first: jax.Array
+    stop: jax.Array
+
+    def take(self, values: jax.Array) -> jax.Array:
+        """`[n, ...]` to `[N, B, ...]`, zero where no row stands."""
+        return jnp.take(values, self.rows, axis=0, mode="fill", fill_value=0)
+
+    def back(self, values: jax.Array, num_rows: int) -> jax.Array:
+        """`[N, B, ...]` to `[n, ...]`, zero for absent rows."""
+        flat = values.reshape(-1, *values.shape[2:])
+        return jnp.zeros((num_rows, *flat.shape[1:]), flat.dtype).at[self.rows.reshape(-1)].set(flat, mode="drop")
+
+    def total(self, values: jax.Array) -> jax.Array:
+        """The sums over each class of a number or array a block, `[N, ...]` to `[num_classes, ...]`."""
+        return jax.ops.segment_sum(values, self.label, self.first.size)
+
+    def sum_of(self, label: jax.Array, fn: Callable[[jax.Array], Any], like: Any) -> Any:
+        """`Σ fn(block)` over the blocks of one class, `like` a pytree of zeros; forward only."""
+        add = lambda block, total: jax.tree.map(jnp.add, total, fn(block))
+        return jax.lax.fori_loop(self.first[label], self.stop[label], add, like)
+
+
+def blocks(data: Data, num_classes: int, most: int = 512) -> Blocks:
+    """The present rows of `data`, integer labels below `num_classes`, in blocks of at most `most`."""
+    n = data.num_rows
+    size = min(most, -(-n // (2 * num_classes)))
+    number = n // size + num_classes
+    group = jnp.where(data.weight > 0, data.y, num_classes).astype(jnp.int32)
+    order = jnp.argsort(group, stable=True)
+    count = jnp.sum(group[None] == jnp.arange(num_classes, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    stop = jnp.cumsum(-(-count // size))
+    first = stop - -(-count // size)
+    own = jnp.minimum(group[order], num_classes - 1)
+    place = size * first[own] + jnp.arange(n, dtype=jnp.int32) - (jnp.cumsum(count) - count)[own]
+    place = jnp.where(group[order] < num_classes, place, number * size)
+    rows = jnp.full(number * size, n, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop")
+    label = jnp.searchsorted(stop, jnp.arange(number, dtype=stop.dtype), side="right")
+    return Blocks(rows.reshape(number, size), jnp.minimum(label, num_classes - 1).astype(jnp.int32), first, stop)
+
+
+def no_derivative(by: str, values: Any) -> Any:
+    """The values themselves; whoever differentiates through them is told that `by` has no derivative."""
+
+    @jax.custom_jvp
+    def identity(values: Any) -> Any:
+        return values
+
+    @identity.defjvp
+    def _raise(primals: Any, tangents: Any) -> Any:
+        raise TypeError(f"{by} is piecewise constant and has no derivative: pass it jax.lax.stop_gradient of the data "
+                        "and the parameters, or optimise against a score that has one.")  # fmt: skip
+
+    return identity(values)
