@@ -19,7 +19,11 @@ class Row:
     Attributes:
       name: `room.method`.
       kind: attack, trainer, threat, transform (of data), batch (transform of a batch), repair (of parameters),
+<<<<<<< HEAD
         scorer or inspector.
+=======
+        ensemble (of victims) or scorer.
+>>>>>>> certified
       build: `(problem, budget) -> method`; budget is a float hyper-parameter (radius, rate…) that may be a tracer.
       problem: how the shared problem is turned into the method's own.
       zero: `problem -> method` that may change nothing; None where the idea has no meaning.
@@ -277,6 +281,14 @@ def _objective(problem, l2):
     return losses.regularised(problem.loss_fn, l2=l2, penalise=None)
 
 
+def _partitions(problem, _, **options):
+    return defenses.partition_aggregation(_unrolled(problem), problem.apply_fn, num_partitions=2, capacity=8, **options)
+
+
+def _bag(problem, _):
+    return defenses.bagging(_unrolled(problem), problem.apply_fn, num_models=6, num_draws=3, alpha=0.3)
+
+
 ROWS = [
     Row("attacks.bilevel", "attack", _bilevel, project=_append, budget=0.2),
     _preset("attacks.error_specific", attacks.error_specific),
@@ -507,6 +519,7 @@ ROWS = [
         zero=lambda problem: _februus(1.5),
         targeted=False,
     ),
+<<<<<<< HEAD
     Row(
         "defenses.unlearn_trigger",
         "repair",
@@ -526,6 +539,17 @@ ROWS = [
         "scorer",
         lambda problem, _: defenses.trigger_neurons(_features, fraction=0.5),
         problem=_stamped,
+=======
+    Row("defenses.partition_aggregation", "ensemble", _partitions),
+    Row(
+        "defenses.partition_aggregation(labels_only)", "ensemble", lambda problem, _: _partitions(problem, _, labels_only=True)
+    ),
+    Row("defenses.bagging", "ensemble", _bag),
+    Row(
+        "defenses.label_flip_smoothing",
+        "ensemble",
+        lambda problem, q: defenses.label_flip_smoothing(flip_rate=q, l2=0.1, num_classes=problems.CLASSES),
+>>>>>>> certified
     ),
     Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
     Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),
@@ -544,11 +568,16 @@ ROWS = [
 
 # Public names of the attack room that are no methods: orders, starts, goals, pieces.
 HELPERS = {
+<<<<<<< HEAD
     "defenses.Inversion",
     "defenses.Inverted",
     "defenses.last_layer",
     "defenses.neural_cleanse",
     "defenses.tabor",
+=======
+    "defenses.Bagged",
+    "defenses.Smoothed",
+>>>>>>> certified
     "defenses.flooding",
     "defenses.unlearning",
     "defenses.fill_harmonic",

@@ -157,6 +157,7 @@ DEFENSES = (
         reference="Doan, Abbasnejad & Ranasinghe, ACSAC 2020",
     ),
     row(
+<<<<<<< HEAD
         "defenses.invert_trigger",
         title="Trigger reconstruction: Neural Cleanse, TABOR",
         goal=("integrity",),
@@ -199,5 +200,32 @@ DEFENSES = (
         changes="silences the neurons that a recovered trigger drives",
         budget="the recovered trigger's success",
         reference="Wang et al., IEEE S&P 2019",
+=======
+        "defenses.partition_aggregation",
+        title="Deep partition aggregation",
+        goal=("integrity", "availability"),
+        stage="during training",
+        changes="many models, each of its own rows, vote",
+        budget="certified: rows added and deleted, or labels flipped",
+        reference="Levine & Feizi, ICLR 2021",
+    ),
+    row(
+        "defenses.bagging",
+        title="Certified bagging",
+        goal=("integrity", "availability"),
+        stage="during training",
+        changes="many models, each of few rows drawn at random, vote",
+        budget="certified with confidence: rows changed, added, deleted",
+        reference="Jia, Cao & Gong, AAAI 2021",
+    ),
+    row(
+        "defenses.label_flip_smoothing",
+        title="Label-flip smoothing",
+        goal=("integrity", "availability"),
+        stage="during training",
+        changes="averages least squares over random labels",
+        budget="certified: labels flipped",
+        reference="Rosenfeld, Winston, Ravikumar & Kolter, ICML 2020",
+>>>>>>> certified
     ),
 )

@@ -1,6 +1,7 @@
 """Defenses: transforms of batches and parameters, trainers, inspectors and certified ensembles, one method a file."""
 
 from mlsec_jax.defenses._abl import abl, flooding, unlearning
+from mlsec_jax.defenses._bagging import Bagged, bagging
 from mlsec_jax.defenses._channel_lipschitz import channel_lipschitz
 from mlsec_jax.defenses._cutmix import cutmix
 from mlsec_jax.defenses._cutout import cutout
@@ -10,17 +11,22 @@ from mlsec_jax.defenses._fine_prune import fine_prune
 from mlsec_jax.defenses._grad_cam import grad_cam, split_at
 from mlsec_jax.defenses._gradient_shaping import gradient_shaping
 from mlsec_jax.defenses._invert_trigger import Inversion, Inverted, invert_trigger
+from mlsec_jax.defenses._label_flip_smoothing import Smoothed, label_flip_smoothing
 from mlsec_jax.defenses._max_up import max_up
 from mlsec_jax.defenses._mitigate import last_layer, prune_trigger, trigger_neurons, unlearn_trigger
 from mlsec_jax.defenses._mixup import mixup
 from mlsec_jax.defenses._neural_cleanse import neural_cleanse
+from mlsec_jax.defenses._partition_aggregation import partition_aggregation
 from mlsec_jax.defenses._tabor import tabor
 from mlsec_jax.defenses._weights import clip_weights, noise_weights
 
 __all__ = [
+    "Bagged",
     "Inversion",
     "Inverted",
+    "Smoothed",
     "abl",
+    "bagging",
     "channel_lipschitz",
     "clip_weights",
     "cutmix",
@@ -34,11 +40,13 @@ __all__ = [
     "grad_cam",
     "gradient_shaping",
     "invert_trigger",
+    "label_flip_smoothing",
     "last_layer",
     "max_up",
     "mixup",
     "neural_cleanse",
     "noise_weights",
+    "partition_aggregation",
     "prune_trigger",
     "split_at",
     "tabor",

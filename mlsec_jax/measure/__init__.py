@@ -10,7 +10,7 @@ from mlsec_jax.measure._error import (
     error_on,
     per_class_error,
 )
-from mlsec_jax.measure._interval import Interval, mean_interval, wilson
+from mlsec_jax.measure._interval import Interval, clopper_pearson, mean_interval, wilson
 from mlsec_jax.measure._learning_curve import (
     Deviation,
     LearningCurve,
@@ -37,6 +37,7 @@ __all__ = [
     "auc",
     "backdoor_learning_curve",
     "calibrate_threshold",
+    "clopper_pearson",
     "confusion",
     "error",
     "error_on",

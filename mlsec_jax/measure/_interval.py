@@ -1,4 +1,4 @@
-"""How sure a number is: intervals for a share and for a mean over seeds."""
+"""How sure a number is: intervals for a share, and for a mean over seeds."""
 
 from __future__ import annotations
 
@@ -51,6 +51,47 @@ def wilson(
     low = jnp.where(hits == 0, 0.0, (centre - spread) / scale)
     high = jnp.where(hits == n, 1.0, (centre + spread) / scale)
     return low, high
+
+
+def clopper_pearson(
+    successes: Sequence[int] | np.ndarray, trials: int, *, confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clopper and Pearson's exact interval for a share: never covers less often than it says.
+
+    `low` is the p with `P(Bin(n, p) ≥ s) = (1 - confidence) / 2`, `high` the one with `P(Bin(n, p) ≤ s)` the same. Each
+    end alone is a one-sided bound at level `(1 - confidence) / 2`.
+
+    Args:
+      successes: counts, any shape, on the host.
+      trials: n, at least 1.
+      confidence: in (0, 1).
+
+    Returns:
+      `(low, high)`, float64, of the shape of `successes`; rounding aside, on the safe side.
+
+    Reference: C. J. Clopper & E. S. Pearson, Biometrika 26, 1934.
+
+    >>> low, high = clopper_pearson([9], 10)
+    >>> round(float(low[0]), 3), round(float(high[0]), 3)
+    (0.555, 0.997)
+    """
+    hits = np.asarray(successes)
+    if trials < 1 or hits.dtype.kind not in "iu" or np.any((hits < 0) | (hits > trials)):
+        raise ValueError(f"successes: expected integers from 0 to {trials} of at least 1 trial, got {successes}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected between 0 and 1, got {confidence}.")
+    level = (1 - confidence) / 2
+    counts, place = np.unique(np.concatenate([hits.ravel(), trials - hits.ravel()]), return_inverse=True)
+    logs = np.array([math.lgamma(trials + 1) - math.lgamma(j + 1) - math.lgamma(trials - j + 1) for j in range(trials + 1)])
+    j = np.arange(trials + 1)
+    low, high = np.zeros(counts.size), np.ones(counts.size)
+    for _ in range(100):
+        p = np.where(counts == 0, 0.5, (low + high) / 2)[:, None]
+        mass = np.exp(logs + j * np.log(p) + (trials - j) * np.log1p(-p))
+        below = np.sum(np.where(j >= counts[:, None], mass, 0), axis=1) < level
+        low, high = np.where(below, p[:, 0], low), np.where(below, high, p[:, 0])
+    ends = np.where(counts == 0, 0, low)[place]
+    return ends[: hits.size].reshape(hits.shape), 1 - ends[hits.size :].reshape(hits.shape)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray | jax.Array, *, confidence: float = 0.95) -> Interval:

@@ -4,6 +4,7 @@ from mlsec_jax.train._augment import augment
 from mlsec_jax.train._inpainting import InpaintingRecipe, pretrain_inpainter, random_holes
 from mlsec_jax.train._presets import elastic_net, fine_tuned_head, head_only, lasso, logistic_regression, ridge, scratch
 from mlsec_jax.train._pretrain import Recipe, pretrain
+from mlsec_jax.train._row_space import row_space
 
 __all__ = [
     "InpaintingRecipe",
@@ -18,5 +19,6 @@ __all__ = [
     "pretrain_inpainter",
     "random_holes",
     "ridge",
+    "row_space",
     "scratch",
 ]
