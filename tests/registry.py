@@ -44,6 +44,7 @@ class Row:
     translation_invariant: bool = False
 
 
+identity = lambda params, x, key=None: x
 MOMENTUM = optax.sgd(0.5, momentum=0.9)
 ADAM = optax.adam(0.03)
 
@@ -348,8 +349,37 @@ ROWS = [
     Row(
         "scores.spectral",
         "scorer",
-        lambda problem, _: scores.spectral(lambda params, x, key=None: x, num_classes=problems.CLASSES),
+        lambda problem, _: scores.spectral(identity, num_classes=problems.CLASSES),
         translation_invariant=True,
+    ),
+    Row(
+        "scores.activation_clusters",
+        "scorer",
+        lambda problem, _: scores.activation_clusters(identity, num_classes=problems.CLASSES, num_components=2, num_steps=100),
+        translation_invariant=True,
+    ),
+    Row(
+        "scores.deep_knn",
+        "scorer",
+        lambda problem, _: scores.deep_knn(identity, num_neighbours=3, num_classes=problems.CLASSES, block_size=5),
+    ),
+    Row(
+        "scores.strip",
+        "scorer",
+        lambda problem, mix: scores.strip(problem.apply_fn, num_overlays=4, mix=(1 - mix, mix)),
+        problem=lambda p: p._replace(params={**p.params, "w": 3 * jnp.eye(problems.DIM, problems.CLASSES)}),
+    ),
+    Row(
+        "scores.roni",
+        "scorer",
+        lambda problem, _: scores.roni(problem.apply_fn, _unrolled(problem), num_train=4, num_quiz=5, num_trials=2),
+    ),
+    Row(
+        "scores.low_loss",
+        "scorer",
+        lambda problem, floor: scores.low_loss(
+            problem.loss_fn, trainer=bilevel.unrolled(losses.local_ascent(problem.loss_fn, floor=floor), MOMENTUM, 5)
+        ),
     ),
     Row(
         "scores.influence",
@@ -360,6 +390,13 @@ ROWS = [
 
 # Public names of the attack room that are no methods: orders, starts, goals, pieces.
 HELPERS = {
+    "scores.Clusters",
+    "scores.cluster_activations",
+    "scores.cluster_silhouette",
+    "scores.cluster_size",
+    "scores.gaussian_threshold",
+    "scores.reclassification",
+    "scores.silhouettes",
     "scores.within_class",
     "threat.Relabel",
     "threat.Trigger",

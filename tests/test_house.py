@@ -17,6 +17,7 @@ SHARED = {  # what several files of one room share; a method never imports a sib
     "data": {"_cache"},
     "measure": {"_interval"},
     "models": {"_model", "_conv", "_conv_kernels", "_depthwise", "_pool", "_norm", "_dense"},
+    "scores": {"_by_class"},
     "train": {"_augment"},
 }
 ONLY_IN = {"flax": "models", "haiku": "models", "equinox": "models", "jaxopt": "bilevel"}
