@@ -26,7 +26,7 @@ def call(spec: dict[str, Any]) -> Callable[[], np.ndarray]:
     num_classes = int(arrays["y"].max()) + 1
     features = lambda params, x, key=None: x
     if spec["detector"] == "spectral":
-        scorer = scores.spectral(features, num_classes=num_classes)
+        scorer = scores.spectral(features, num_classes=num_classes, centred=spec["centred"])
         detect = lambda key, data: scorer(key, None, data, mj.Known())
     else:
         scorer = scores.activation_clusters(features, num_classes=num_classes)
