@@ -62,7 +62,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     def victim(k: int) -> dict[str, Any]:
         poison_key, train_key = jax.random.split(jax.random.fold_in(context.key, k))
         poisoned, _ = attack(poison_key, reserved, mj.Known())
-        found = {}
+        found: dict[str, Any] = {}
         for name, chosen in (("clean_model", reserved), ("backdoored", poisoned)):
             params = memo(fit, name="signs-lenet")(train_key, chosen)
             predicted = predict(params, test.x)

@@ -14,6 +14,7 @@ References: Tran, Li & Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -125,7 +126,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     for source, target, trigger, epsilon in context.progress(cases, "rows"):
         key = jax.random.fold_in(context.key, 10 * target + round(100 * epsilon))
         name = f"{CLASSES[target]}_{round(100 * epsilon)}"
-        row = context.once(name, lambda c=(source, target, trigger, epsilon), k=key: one_row(k, pool, *c, chosen))
+        row = context.once(name, functools.partial(one_row, key, pool, source, target, trigger, epsilon, chosen))
         figures |= {f"{figure}_{name}": value for figure, value in row.items()}
     reductions = [*pool.notes, GROUP_NORM, f"{chosen.per_class} images of each class, {chosen.epochs} epochs"]
     reductions.append("the features are the network's last, not the tensor that enters its last block")

@@ -98,30 +98,6 @@ def margin(apply_fn: ApplyFn, floor: float = -100.0) -> LossFn:
     return loss_fn
 
 
-def local_ascent(loss_fn: LossFn, *, floor: Any = 0.5) -> LossFn:
-    """Local gradient ascent: `sign(ℓ - γ) ℓ`, whose descent holds every row's loss near γ but for those that fall at once.
-
-    Args:
-      loss_fn: per-example loss `-> [n]`.
-      floor: γ.
-
-    References: Li et al., "Anti-Backdoor Learning", NeurIPS 2021, eq. (3). Deviates from the authors' code in: each row's
-      own loss is compared with γ, as in the paper, not the mean of the batch.
-
-    >>> from mlsec_jax.base import dataset
-    >>> ascending = local_ascent(lambda params, data, key=None: data.x, floor=0.5)
-    >>> ascending(None, dataset(jnp.array([0.25, 2.0]), jnp.array([0, 0]))).tolist()
-    [-0.25, 2.0]
-    """
-    checks.at_least("floor", floor, 0)
-
-    def ascending(params: Params, data: Data, key: jax.Array | None = None) -> jax.Array:
-        loss = loss_fn(params, data, key)
-        return jnp.sign(loss - jnp.asarray(floor, loss.dtype)) * loss
-
-    return ascending
-
-
 def present(data: Data) -> Data:
     """The same data with the inputs of weight-0 rows replaced by zeros, so that a NaN there cannot leak."""
     keep = data.weight > 0

@@ -77,3 +77,10 @@ def regression(problem):
     label = lambda data: data._replace(y=jnp.nan_to_num(data.x) @ truth)
     known = problem.known.replace(goal=label(problem.known.goal)._replace(y=label(problem.known.goal).y + shift + 0.1))
     return problem._replace(train=label(problem.train), known=known, loss_fn=losses.squared(problem.apply_fn))
+
+
+def images(problem):
+    """The same rows as images of 2x2 with one channel, and a softmax model of them with weights."""
+    to_images = lambda data: data._replace(x=data.x.reshape(-1, 2, 2, 1))
+    params = {"w": jnp.cos(jnp.arange(DIM * CLASSES, dtype=problem.train.x.dtype)).reshape(DIM, CLASSES)}
+    return problem._replace(train=to_images(problem.train), params=params, known=problem.known.replace(params=params))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlsec_jax import attacks, bilevel, defenses, losses, scores, threat
+from mlsec_jax import attacks, bilevel, channels, defenses, losses, scores, threat
 from tests import problems
 
 
@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
       name: `room.method`.
-      kind: attack, trainer, threat, transform (of data), repair (of parameters) or scorer.
+      kind: attack, trainer, threat, transform (of data), batch (transform of a batch), repair (of parameters) or scorer.
       build: `(problem, budget) -> method`; budget is a float hyper-parameter (radius, rate…) that may be a tracer.
       problem: how the shared problem is turned into the method's own.
       zero: `problem -> method` that may change nothing; None where the idea has no meaning.
@@ -160,6 +160,25 @@ TRIGGERS = {  # on the rows of the shared problem, which are no images
 }
 
 
+def _logits(problem):
+    """The model's outputs as the channels of a layer."""
+    return channels.layer("", lambda params, x: jax.nn.relu(problem.apply_fn(params, x)))
+
+
+def _pruning_aware(problem, margin, num_pruned=1, num_steps=5):
+    return attacks.pruning_aware(
+        problem.loss_fn,
+        _logits(problem),
+        poison=attacks.badnets(TRIGGERS["blend"](0.3), num_poisons=3, relabel=threat.to_class(0)),
+        trainer_fn=lambda loss_fn: bilevel.unrolled(loss_fn, MOMENTUM, num_steps),
+        num_pruned=num_pruned,
+        margin=margin,
+    )
+def _februus(tau):
+    split = lambda params, x: (x, lambda maps: maps.reshape(maps.shape[0], -1) @ params["w"])
+    return defenses.februus(defenses.grad_cam(split), fill_fn=defenses.fill_harmonic(num_steps=4), tau=tau)
+
+
 def _machine(problem):
     """The binary problem with a kernel machine, whose parameters are the rows themselves."""
     problem = problems.binary(problem)
@@ -171,6 +190,32 @@ def _machine(problem):
 
 def _trainer(name, make, **options):
     return Row(name, "trainer", lambda problem, rate: make(problem, rate), **options)
+
+
+def _pictures(problem):
+    """The rows as images of 2 x 2 pixels."""
+    return problem._replace(train=problem.train._replace(x=problem.train.x.reshape(-1, 2, 2, 1)))
+
+
+def _worst_shift(problem, rate):
+    shift = lambda key, data: data._replace(x=data.x + 0.1 * jax.random.normal(key, (1, problems.DIM), data.x.dtype))
+    return bilevel.unrolled(defenses.max_up(problem.loss_fn, shift, num_trials=3), optax.sgd(rate), 5)
+
+
+def _shaped(problem, rate):
+    shaped = defenses.gradient_shaping(batch_size=float(problems.NUM_ROWS), noise_multiplier=0.1)
+    return bilevel.unrolled(problem.loss_fn, optax.sgd(rate), 5, grad_fn=shaped)
+
+
+def _abl(problem, rate):
+    fit = lambda num_steps, **slots: bilevel.unrolled(problem.loss_fn, optax.sgd(rate), num_steps, **slots)
+    return defenses.abl(
+        problem.loss_fn,
+        isolate=fit(3, grad_fn=defenses.flooding(0.2)),
+        refine=fit(5),
+        unlearn=fit(2, grad_fn=defenses.unlearning(until=jnp.log(3.0), clip_norm=0.1)),
+        num_isolated=2,
+    )
 
 
 def _objective(problem, l2):
@@ -333,6 +378,29 @@ ROWS = [
         targeted=False,  # it reads the holdout, not a goal
     ),
     Row(
+        "defenses.mixup",
+        "batch",
+        lambda problem, alpha: defenses.mixup(num_classes=problems.CLASSES, ways=3, alpha=alpha),
+        zero=lambda problem: defenses.mixup(num_classes=problems.CLASSES, ways=1),
+    ),
+    Row(
+        "defenses.cutmix",
+        "batch",
+        lambda problem, alpha: defenses.cutmix(num_classes=problems.CLASSES, alpha=alpha, probability=1.0),
+        zero=lambda problem: defenses.cutmix(num_classes=problems.CLASSES, probability=0.0),
+        problem=_pictures,
+    ),
+    Row(
+        "defenses.cutout",
+        "batch",
+        lambda problem, fill: defenses.cutout(side=1, fill=fill),
+        zero=lambda problem: defenses.cutout(side=0),
+        problem=_pictures,
+    ),
+    _trainer("defenses.max_up", _worst_shift),
+    _trainer("defenses.gradient_shaping", _shaped),
+    _trainer("defenses.abl", _abl),
+    Row(
         "defenses.clip_weights",
         "repair",
         lambda problem, radius: defenses.clip_weights(radius),
@@ -343,6 +411,34 @@ ROWS = [
         "repair",
         lambda problem, scale: defenses.noise_weights(scale),
         zero=lambda problem: defenses.noise_weights(0.0),
+    ),
+    Row(
+        "defenses.fine_prune",
+        "repair",
+        lambda problem, budget: defenses.fine_prune(
+            problem.apply_fn, _logits(problem), budget=budget, trainer_fn=lambda loss_fn: bilevel.unrolled(loss_fn, MOMENTUM, 5)
+        ),
+        zero=lambda problem: defenses.fine_prune(problem.apply_fn, _logits(problem), max_pruned=0),
+    ),
+    Row(
+        "defenses.channel_lipschitz",
+        "repair",
+        lambda problem, u: defenses.channel_lipschitz(u=u, weights=lambda path, leaf: leaf.ndim == 2),
+        zero=lambda problem: defenses.channel_lipschitz(u=jnp.inf, weights=lambda path, leaf: leaf.ndim == 2),
+    ),
+    Row(
+        "attacks.pruning_aware",
+        "repair",  # of nothing, but a transform of parameters
+        _pruning_aware,
+        zero=lambda problem: _pruning_aware(problem, 0.3, num_pruned=0, num_steps=0),
+    ),
+    Row(
+        "defenses.februus",
+        "transform",
+        lambda problem, _: _februus(0.5),
+        problem=problems.images,
+        zero=lambda problem: _februus(1.5),
+        targeted=False,
     ),
     Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
     Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),
@@ -377,8 +473,8 @@ ROWS = [
     Row(
         "scores.low_loss",
         "scorer",
-        lambda problem, floor: scores.low_loss(
-            problem.loss_fn, trainer=bilevel.unrolled(losses.local_ascent(problem.loss_fn, floor=floor), MOMENTUM, 5)
+        lambda problem, level: scores.low_loss(
+            problem.loss_fn, trainer=bilevel.unrolled(problem.loss_fn, MOMENTUM, 5, grad_fn=defenses.flooding(level))
         ),
     ),
     Row(
@@ -390,6 +486,13 @@ ROWS = [
 
 # Public names of the attack room that are no methods: orders, starts, goals, pieces.
 HELPERS = {
+    "defenses.flooding",
+    "defenses.unlearning",
+    "defenses.fill_harmonic",
+    "defenses.fill_mean",
+    "defenses.fill_network",
+    "defenses.grad_cam",
+    "defenses.split_at",
     "scores.Clusters",
     "scores.cluster_activations",
     "scores.cluster_silhouette",

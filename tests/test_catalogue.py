@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from mlsec_jax import catalogue
+from mlsec_jax.catalogue import _find
 
 ISSUE = ["availability", "targeted", "error_specific", "svm_kkt", "influence_images", "kkt_sanitized", "metapoison"]
 ISSUE += ["bilevel", "linear_regression", "flip_random", "flip_margin", "flip_greedy", "flip_alfa"]
@@ -39,7 +40,7 @@ def test_words_are_closed(field, value):
 
 def test_a_second_row_of_a_name_is_refused():
     with pytest.raises(ValueError, match="expected one row a method"):
-        catalogue._row(ROW.name)
+        _find.one_a_name((ROW, ROW))
 
 
 def test_find_filters_and_refuses_typos():

@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVELS = ["base checks tree", "linalg", "losses threat measure", "loop", "combine", "bilevel scores", "train attacks defenses"]
+LEVELS = ["base checks tree", "linalg", "losses threat measure", "loop channels", "combine", "bilevel scores"]
+LEVELS += ["train attacks defenses"]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 ANNEX = {"models", "data", "catalogue", "parallel", "drive", "memo", "_checkpoint"}
 BESIDE = {("drive", "_checkpoint"), ("memo", "_checkpoint"), ("memo", "data"), ("memo", "__version__")}
 FLOOR_0 = {"base", "checks", "tree", "linalg"}
 SHARED = {  # what several files of one room share; a method never imports a sibling method
     "attacks": {"_bilevel", "_craft", "_matching"},
+    "catalogue": {"_method", "_attacks", "_defenses"},
     "bilevel": {"_kernels", "_unrolled", "_reversible", "_fixed_point", "_jaxopt"},
     "data": {"_cache"},
+    "defenses": {"_mixing"},
     "measure": {"_interval"},
     "models": {"_model", "_conv", "_conv_kernels", "_depthwise", "_pool", "_norm", "_dense"},
     "scores": {"_by_class"},

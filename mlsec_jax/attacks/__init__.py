@@ -27,6 +27,7 @@ from mlsec_jax.attacks._presets import (
     targeted,
     targeted_goal,
 )
+from mlsec_jax.attacks._pruning_aware import pruning_aware
 from mlsec_jax.attacks._sleeper_agent import sleeper_agent
 from mlsec_jax.attacks._svm_kkt import svm_kkt
 
@@ -55,6 +56,7 @@ __all__ = [
     "most_influential",
     "on_features",
     "on_features_loss",
+    "pruning_aware",
     "random_other",
     "require_alive",
     "sleeper_agent",

@@ -27,7 +27,7 @@ def _compared(predicted: jax.Array, data: base.Data) -> tuple[jax.Array, jax.Arr
     predicted, true = _labels("predicted", predicted), _labels("data.y", data.y)
     if predicted.shape != true.shape:
         raise ValueError(f"predicted and data.y: expected as many rows, got {predicted.shape} and {true.shape}.")
-    return predicted, true
+    return predicted.astype(true.dtype), true
 
 
 def accuracy(predicted: jax.Array, data: base.Data) -> jax.Array:

@@ -7,6 +7,7 @@ from mlsec_jax.models._convnet import convnet
 from mlsec_jax.models._dense import linear, logistic_regression, mlp, softmax_regression
 from mlsec_jax.models._depthwise import depthwise
 from mlsec_jax.models._ensemble import ensemble
+from mlsec_jax.models._inpainter import inpainter, patch_critic
 from mlsec_jax.models._lenet import lenet
 from mlsec_jax.models._mobilenet import mobilenet
 from mlsec_jax.models._model import Model
@@ -24,12 +25,14 @@ __all__ = [
     "depthwise",
     "ensemble",
     "global_avg_pool",
+    "inpainter",
     "lenet",
     "linear",
     "logistic_regression",
     "max_pool",
     "mlp",
     "mobilenet",
+    "patch_critic",
     "resnet",
     "softmax_regression",
     "vgg",

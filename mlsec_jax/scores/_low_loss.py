@@ -12,8 +12,8 @@ from mlsec_jax.base import Data, Key, Known, LossFn, Params, Scorer, Trainer
 def low_loss(loss_fn: LossFn, *, trainer: Trainer | None = None) -> Scorer:
     """Minus the loss of a row, in a model that was trained for a short while only.
 
-    `score_i = -ℓ(θ, z_i)`, `θ = train(θ_0, data)`. Anti-backdoor learning trains for 10 to 20 epochs on
-    `losses.local_ascent(loss_fn)`, which holds the loss of all others up, and isolates the 1 % of the lowest loss:
+    `score_i = -ℓ(θ, z_i)`, `θ = train(θ_0, data)`. Anti-backdoor learning trains for 10 to 20 epochs, with
+    `grad_fn=defenses.flooding(0.5)` to hold the loss of ordinary rows up, and isolates the 1 % of the lowest loss:
     `combine.filter_top(low_loss(…), fraction=0.01)`.
 
     Differentiable as far as the trainer is.

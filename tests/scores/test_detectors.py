@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.neighbors import NearestNeighbors
 
 import mlsec_jax as mj
-from mlsec_jax import bilevel, combine, losses, scores
+from mlsec_jax import bilevel, combine, defenses, losses, scores
 
 KEY = jax.random.key(0)
 identity = lambda params, x, key=None: x
@@ -113,8 +113,8 @@ def test_roni_is_what_retraining_without_each_row_says():
     np.testing.assert_allclose(ours, np.mean(expected, axis=0), atol=1e-6)
 
 
-def test_a_short_training_isolates_what_is_learned_at_once_and_ascent_holds_the_rest_up():
-    """Rows with a loud feature of their own are learned first; descent on `local_ascent` doesn't take the others below γ."""
+def test_a_short_training_isolates_what_is_learned_at_once_and_flooding_holds_the_rest_up():
+    """Rows with a loud feature of their own are learned first; flooding doesn't take the others below its level."""
     data = make(90)
     bad = np.arange(0, 90, 10)
     x = data.x.at[bad].set(0.0).at[bad, 4].set(8.0)
@@ -122,17 +122,13 @@ def test_a_short_training_isolates_what_is_learned_at_once_and_ascent_holds_the_
     loss_fn = losses.cross_entropy(linear)
     clean = np.setdiff1d(np.arange(90), bad)
     mean = {}
-    for name, loss, num_steps in (
-        ("short", loss_fn, 2),
-        ("long", loss_fn, 300),
-        ("ascent", losses.local_ascent(loss_fn, floor=0.5), 300),
-    ):
-        score = scores.low_loss(loss_fn, trainer=bilevel.unrolled(loss, optax.sgd(0.3), num_steps))
+    for name, num_steps, slots in (("short", 2, {}), ("long", 300, {}), ("flooded", 300, {"grad_fn": defenses.flooding(0.5)})):
+        score = scores.low_loss(loss_fn, trainer=bilevel.unrolled(loss_fn, optax.sgd(0.3), num_steps, **slots))
         value = np.asarray(jax.jit(score)(KEY, jnp.zeros((5, 3)), data, mj.Known()))
         mean[name] = -value[clean].mean()
-        if name == "short":
-            assert set(np.argsort(-value)[: len(bad)]) == set(bad)
-    assert mean["long"] < 0.3 < 0.45 < mean["ascent"]
+        if name != "long":
+            assert set(np.argsort(-value)[: len(bad)]) == set(bad), name
+    assert mean["long"] < 0.3 < 0.45 < mean["flooded"]
     plain = scores.low_loss(loss_fn)(KEY, jnp.zeros((5, 3)), data, mj.Known())
     np.testing.assert_allclose(plain, -np.log(3), rtol=1e-6)
 
@@ -175,5 +171,3 @@ def test_bad_input_is_named():
         scores.strip(linear, num_overlays=10)(KEY, jnp.zeros((5, 3)), data, known)
     with pytest.raises(ValueError, match=r"num_train \+ num_quiz: expected at most the 9 rows of known.clean, got 10"):
         scores.roni(linear, None, num_train=5, num_quiz=5)(KEY, None, data, known)
-    with pytest.raises(ValueError, match="floor: expected at least 0"):
-        losses.local_ascent(losses.cross_entropy(linear), floor=-1.0)
