@@ -62,7 +62,7 @@ def cluster_activations(
 
         labels = jnp.arange(num_classes, dtype=jnp.int32)
         unmix, converged, taken = jax.lax.map(
-            lambda each: _separate(block, whitened, weight, *each, num_steps, tolerance),
+            lambda part: _separate(block, whitened, weight, part[0], part[1], part[2], num_steps, tolerance),
             (labels, turns, live),
         )
         separated = jax.lax.map(lambda part: unmix[part[1]] @ part[0], (whitened, block.label))

@@ -7,9 +7,9 @@ from benchmarks.speed import _detectors_worker, detectors
 
 def test_ours_finds_the_poisons_of_a_small_problem(tmp_path):
     path = tmp_path / "x.npz"
-    arrays = detectors.problem(2000, 32, 0)
+    arrays = detectors.problem(2000, 128, 0)
     np.savez(path, **arrays)
-    assert 0.08 < arrays["bad"].mean() < 0.12 and (arrays["x"].max(axis=0) == 0).sum() == 2
+    assert 0.08 < arrays["bad"].mean() < 0.12 and (arrays["x"].max(axis=0) == 0).sum() == 8
     for detector in detectors.LIMITS:
         value = _detectors_worker.call({"detector": detector, "problem": str(path), "centred": False})()
         judged = detectors.detection(detector, value, arrays["y"], arrays["bad"])

@@ -126,8 +126,10 @@ def test_a_short_training_isolates_what_is_learned_at_once_and_flooding_holds_th
         score = scores.low_loss(loss_fn, trainer=bilevel.unrolled(loss_fn, optax.sgd(0.3), num_steps, **slots))
         value = np.asarray(jax.jit(score)(KEY, jnp.zeros((5, 3)), data, mj.Known()))
         mean[name] = -value[clean].mean()
-        if name != "long":
-            assert set(np.argsort(-value)[: len(bad)]) == set(bad), name
+        if name == "short":
+            assert set(np.argsort(-value)[: len(bad)]) == set(bad)
+        if name == "flooded":
+            assert value[bad].min() > np.quantile(value[clean], 0.9)
     assert mean["long"] < 0.3 < 0.45 < mean["flooded"]
     plain = scores.low_loss(loss_fn)(KEY, jnp.zeros((5, 3)), data, mj.Known())
     np.testing.assert_allclose(plain, -np.log(3), rtol=1e-6)
