@@ -49,6 +49,7 @@ class Row:
     translation_invariant: bool = False
 
 
+identity = lambda params, x, key=None: x
 MOMENTUM = optax.sgd(0.5, momentum=0.9)
 ADAM = optax.adam(0.03)
 
@@ -556,8 +557,37 @@ ROWS = [
     Row(
         "scores.spectral",
         "scorer",
-        lambda problem, _: scores.spectral(lambda params, x, key=None: x, num_classes=problems.CLASSES),
+        lambda problem, _: scores.spectral(identity, num_classes=problems.CLASSES),
         translation_invariant=True,
+    ),
+    Row(
+        "scores.activation_clusters",
+        "scorer",
+        lambda problem, _: scores.activation_clusters(identity, num_classes=problems.CLASSES, num_components=2, num_steps=100),
+        translation_invariant=True,
+    ),
+    Row(
+        "scores.deep_knn",
+        "scorer",
+        lambda problem, _: scores.deep_knn(identity, num_neighbours=3, num_classes=problems.CLASSES, block_size=5),
+    ),
+    Row(
+        "scores.strip",
+        "scorer",
+        lambda problem, mix: scores.strip(problem.apply_fn, num_overlays=4, mix=(1 - mix, mix)),
+        problem=lambda p: p._replace(params={**p.params, "w": 3 * jnp.eye(problems.DIM, problems.CLASSES)}),
+    ),
+    Row(
+        "scores.roni",
+        "scorer",
+        lambda problem, _: scores.roni(problem.apply_fn, _unrolled(problem), num_train=4, num_quiz=5, num_trials=2),
+    ),
+    Row(
+        "scores.low_loss",
+        "scorer",
+        lambda problem, level: scores.low_loss(
+            problem.loss_fn, trainer=bilevel.unrolled(problem.loss_fn, MOMENTUM, 5, grad_fn=defenses.flooding(level))
+        ),
     ),
     Row(
         "scores.influence",
@@ -585,6 +615,13 @@ HELPERS = {
     "defenses.fill_network",
     "defenses.grad_cam",
     "defenses.split_at",
+    "scores.Clusters",
+    "scores.cluster_activations",
+    "scores.cluster_silhouette",
+    "scores.cluster_size",
+    "scores.gaussian_threshold",
+    "scores.reclassification",
+    "scores.silhouettes",
     "scores.within_class",
     "threat.Overlay",
     "threat.Relabel",

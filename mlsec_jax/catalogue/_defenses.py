@@ -158,6 +158,7 @@ DEFENSES = (
     ),
     row(
 <<<<<<< HEAD
+<<<<<<< HEAD
         "defenses.invert_trigger",
         title="Trigger reconstruction: Neural Cleanse, TABOR",
         goal=("integrity",),
@@ -227,5 +228,53 @@ DEFENSES = (
         budget="certified: labels flipped",
         reference="Rosenfeld, Winston, Ravikumar & Kolter, ICML 2020",
 >>>>>>> certified
+=======
+        "scores.activation_clusters",
+        title="Activation clustering",
+        goal=("integrity",),
+        train_trigger="visible",
+        test_trigger="visible",
+        changes="removes the smaller of two clusters of each class's independent components",
+        budget="threshold on a cluster's share, its silhouette or its reclassification",
+        reference="Chen et al., SafeAI at AAAI 2019",
+    ),
+    row(
+        "scores.deep_knn",
+        title="Deep k-NN",
+        goal=("integrity",),
+        changes="removes rows whose neighbours in feature space have another label",
+        budget="number of neighbours",
+        reference="Peri et al., ECCV Workshops 2020",
+    ),
+    row(
+        "scores.strip",
+        title="STRIP",
+        goal=("integrity",),
+        capability="test data",
+        stage="at test",
+        train_trigger="visible",
+        test_trigger="visible",
+        changes="rejects inputs whose predictions survive clean images laid over them",
+        budget="rate of false alarms; clean rows",
+        reference="Gao et al., ACSAC 2019",
+    ),
+    row(
+        "scores.roni",
+        title="Reject on negative impact",
+        goal=("availability",),
+        changes="removes rows that lower the accuracy on a quiz",
+        budget="number of trials; clean rows",
+        reference="Nelson et al., LEET 2008; Barreno et al., MLJ 2010",
+    ),
+    row(
+        "scores.low_loss",
+        title="Loss-based isolation (ABL)",
+        goal=("integrity",),
+        train_trigger="visible",
+        test_trigger="visible",
+        changes="removes the rows that are learned first",
+        budget="share removed",
+        reference="Li et al., NeurIPS 2021",
+>>>>>>> scores
     ),
 )
