@@ -19,11 +19,7 @@ class Row:
     Attributes:
       name: `room.method`.
       kind: attack, trainer, threat, transform (of data), batch (transform of a batch), repair (of parameters),
-<<<<<<< HEAD
-        scorer or inspector.
-=======
-        ensemble (of victims) or scorer.
->>>>>>> certified
+        ensemble (of victims), scorer or inspector.
       build: `(problem, budget) -> method`; budget is a float hyper-parameter (radius, rate…) that may be a tracer.
       problem: how the shared problem is turned into the method's own.
       zero: `problem -> method` that may change nothing; None where the idea has no meaning.
@@ -520,7 +516,6 @@ ROWS = [
         zero=lambda problem: _februus(1.5),
         targeted=False,
     ),
-<<<<<<< HEAD
     Row(
         "defenses.unlearn_trigger",
         "repair",
@@ -540,7 +535,7 @@ ROWS = [
         "scorer",
         lambda problem, _: defenses.trigger_neurons(_features, fraction=0.5),
         problem=_stamped,
-=======
+    ),
     Row("defenses.partition_aggregation", "ensemble", _partitions),
     Row(
         "defenses.partition_aggregation(labels_only)", "ensemble", lambda problem, _: _partitions(problem, _, labels_only=True)
@@ -550,7 +545,6 @@ ROWS = [
         "defenses.label_flip_smoothing",
         "ensemble",
         lambda problem, q: defenses.label_flip_smoothing(flip_rate=q, l2=0.1, num_classes=problems.CLASSES),
->>>>>>> certified
     ),
     Row("scores.sphere", "scorer", lambda problem, _: scores.sphere(), problem=problems.binary, translation_invariant=True),
     Row("scores.slab", "scorer", lambda problem, _: scores.slab(), problem=problems.binary, translation_invariant=True),
@@ -598,16 +592,13 @@ ROWS = [
 
 # Public names of the attack room that are no methods: orders, starts, goals, pieces.
 HELPERS = {
-<<<<<<< HEAD
     "defenses.Inversion",
     "defenses.Inverted",
     "defenses.last_layer",
     "defenses.neural_cleanse",
     "defenses.tabor",
-=======
     "defenses.Bagged",
     "defenses.Smoothed",
->>>>>>> certified
     "defenses.flooding",
     "defenses.unlearning",
     "defenses.fill_harmonic",

@@ -157,8 +157,6 @@ DEFENSES = (
         reference="Doan, Abbasnejad & Ranasinghe, ACSAC 2020",
     ),
     row(
-<<<<<<< HEAD
-<<<<<<< HEAD
         "defenses.invert_trigger",
         title="Trigger reconstruction: Neural Cleanse, TABOR",
         goal=("integrity",),
@@ -201,7 +199,8 @@ DEFENSES = (
         changes="silences the neurons that a recovered trigger drives",
         budget="the recovered trigger's success",
         reference="Wang et al., IEEE S&P 2019",
-=======
+    ),
+    row(
         "defenses.partition_aggregation",
         title="Deep partition aggregation",
         goal=("integrity", "availability"),
@@ -227,8 +226,8 @@ DEFENSES = (
         changes="averages least squares over random labels",
         budget="certified: labels flipped",
         reference="Rosenfeld, Winston, Ravikumar & Kolter, ICML 2020",
->>>>>>> certified
-=======
+    ),
+    row(
         "scores.activation_clusters",
         title="Activation clustering",
         goal=("integrity",),
@@ -275,6 +274,5 @@ DEFENSES = (
         changes="removes the rows that are learned first",
         budget="share removed",
         reference="Li et al., NeurIPS 2021",
->>>>>>> scores
     ),
 )
