@@ -108,7 +108,7 @@ def _neural_cleanse(key: mj.base.Key, params: Any, known: mj.Known) -> tuple[Any
     return defenses.unlearn_trigger(tuning(LOSS))(unlearn_key, params, known.replace(trigger=trigger))
 
 
-def trainers(size: Size) -> dict[str, Callable[[float, mj.Known], mj.base.Trainer]]:
+def trainers(size: Size) -> dict[str, Callable[[jax.Array, mj.Known], mj.base.Trainer]]:
     """Every defense as `(ε of a class, what the defender knows) -> trainer`."""
     victim = plain(size)
     features = lambda params, x, key=None: NET.features(params, x)
@@ -207,11 +207,11 @@ def poisoned(key: mj.base.Key, backdoor: Backdoor, rows: mj.Data, surrogate: Any
     if backdoor.clean_label:
         chosen = np.flatnonzero(np.asarray(rows.y) == TARGET)[: round(backdoor.fraction * per_class)]
         reach = threat.perturb_rows(jnp.asarray(chosen), radius=0.3)
-        attack = attacks.label_consistent(
+        crafting = attacks.label_consistent(
             LOSS, backdoor.trigger, threat=reach, optimizer=optax.chain(optax.scale_by_sign(), optax.scale(-0.05))
         )
         known = mj.Known(params=surrogate)
-        return combine.iterate(attack, 15)(key, rows, known)[0], backdoor.fraction
+        return combine.iterate(crafting, 15)(key, rows, known)[0], backdoor.fraction
     number = round(backdoor.fraction * rows.num_rows)
     attack = attacks.badnets(backdoor.trigger, num_poisons=number, relabel=backdoor.relabel)
     into = per_class if backdoor.relabel is ALL else number + per_class
@@ -258,7 +258,8 @@ def run(size: str, seed: int, context: Any) -> Result:
             else:
                 params = fitted(chosen, defense)(fit_key, rows, jnp.float32(eps), clean, holdout)
                 both = [jnp.argmax(logits(params, x), axis=1) for x in (test.x, stamped)]
-            found[defense] = cell(*(np.asarray(each) for each in both), y, wanted)
+            answers, aimed = (np.asarray(each) for each in both)
+            found[defense] = cell(answers, aimed, y, wanted)
         return found
 
     figures: dict[str, float] = {"n_seeds": chosen.seeds, "n_backdoors": len(chosen.backdoors)}
