@@ -1,0 +1,66 @@
+"""The backdoor benchmarks' own pieces: rows that nobody trains on, budgets, what a cell counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import _zoo, adaptive, defense_matrix, spectral
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return _zoo.digits(1000, embedded=True)
+
+
+def test_defenders_digits_are_nobodys_training_digits(digits):
+    rows = [{np.asarray(x).tobytes() for x in part.x} for part in (digits.train, digits.clean, digits.test)]
+    assert [len(part) for part in rows] == [1000, 500, 1500]
+    assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
+
+
+def test_a_cell_is_accuracy_success_and_recovery_over_digits_of_other_classes():
+    y, wanted = np.array([0, 1, 2, 3]), np.array([0, 0, 0, 0])
+    got = defense_matrix.cell(np.array([0, 1, 2, 9]), np.array([0, 0, 2, -1]), y, wanted)
+    np.testing.assert_allclose(got, [3 / 4, 1 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("name", ["clean", "patch", "all_to_all", "blend", "stripes", "warp"])
+def test_every_backdoor_keeps_its_budget_and_its_share_is_the_largest_of_a_class(digits, name):
+    backdoor = defense_matrix.BACKDOORS[name]
+    rows, share = defense_matrix.poisoned(KEY, backdoor, digits.train, None)
+    changed = np.asarray(jnp.any(rows.x != digits.train.x, axis=(1, 2, 3)) | (rows.y != digits.train.y))
+    assert changed.sum() == round(backdoor.fraction * 1000)
+    if backdoor.fraction:
+        largest = max(np.mean(changed[np.asarray(rows.y) == c]) for c in range(10) if c == 0 or name == "all_to_all")
+        assert abs(share - largest) < 0.06
+    else:
+        assert 0 < share < 0.1
+
+
+def test_the_matrix_has_every_defense_that_it_names():
+    assert set(defense_matrix.trainers(defense_matrix.SIZES["small"])) | set(defense_matrix.AT_TEST) == set(
+        defense_matrix.EVERY_DEFENSE
+    )
+    assert set(defense_matrix.SIZES["small"].defenses) <= set(defense_matrix.EVERY_DEFENSE)
+
+
+def test_adaptive_trials_have_reserved_rows_and_ask_for_another_label():
+    (keys, targets, labels), (train, clean) = adaptive.problem(KEY, 6, embedded=True)
+    assert train.num_rows == 510 and train.weight[-adaptive.POISONS :].sum() == 0
+    assert jnp.bincount(train.y[: -adaptive.POISONS], length=10).tolist() == [50] * 10
+    seen = {np.asarray(x).tobytes() for x in train.x}
+    assert not seen & {np.asarray(x).tobytes() for x in targets} and not seen & {np.asarray(x).tobytes() for x in clean.x}
+    test = _zoo.digits(3000, embedded=True).test
+    true = {np.asarray(x).reshape(-1).tobytes(): int(y) for x, y in zip(test.x, test.y)}
+    assert all(true[np.asarray(x).tobytes()] != int(label) for x, label in zip(targets, labels))
+    assert len(keys) == 6
+
+
+def test_spots_are_pixels_of_one_colour():
+    stamped = spectral.spots(spectral.ELL, (11, 16), (255, 0, 51))(None, jnp.full((1, 32, 32, 3), 0.5))
+    changed = np.argwhere(np.any(np.asarray(stamped[0]) != 0.5, axis=-1))
+    assert changed.tolist() == [[11, 16], [12, 16], [12, 17]]
+    np.testing.assert_allclose(stamped[0, 11, 16], [1.0, 0.0, 0.2], rtol=1e-6)
