@@ -1,4 +1,8 @@
-"""What every test runs under: strict promotion of dtypes and ranks; warnings are errors (pyproject)."""
+"""What every test runs under: strict promotion of dtypes and ranks; warnings are errors (pyproject).
+
+Most of the suite's time is LLVM's, so programs are compiled without its expensive passes, except in modules marked
+`optimised`, which measure time or memory. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs everything as users do.
+"""
 
 import os
 
@@ -18,8 +22,12 @@ def x64():
         yield
 
 
+QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _forget_compiled():
-    """Keeps the memory of a long run flat."""
+def _compiled(request):
+    """Quick compilation; and what was compiled is forgotten, which keeps the memory of a long run flat."""
+    jax.config.update("jax_disable_most_optimizations", QUICK and not request.node.get_closest_marker("optimised"))
     yield
     jax.clear_caches()

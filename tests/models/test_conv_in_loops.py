@@ -4,8 +4,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from mlsec_jax.models._conv import conv
+
+pytestmark = pytest.mark.optimised
 
 
 def computations(program):
