@@ -17,6 +17,8 @@ from mlsec_jax.base import Algorithm, Data, Known
 from mlsec_jax.drive import drive
 from mlsec_jax.parallel import chunked, gather, shard_batch, spread
 
+pytestmark = pytest.mark.optimised  # its bits are compared with those of other processes
+
 # NumPy, because no JAX call may come before `jax.distributed.initialize`.
 DATA = Data(
     x=np.sin(np.arange(60, dtype=np.float32)).reshape(12, 5),

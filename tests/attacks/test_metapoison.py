@@ -9,6 +9,8 @@ import pytest
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, combine, loop, losses, threat
 
+pytestmark = pytest.mark.optimised
+
 HIDDEN = 12
 
 

@@ -93,6 +93,7 @@ def test_no_change_within_the_radius_changes_a_prediction(num_draws):
     assert checked > 100 and changed > 0
 
 
+@pytest.mark.slow
 def test_bounds_hold_and_grow_tight_with_the_number_of_models():
     data, x = toy()
     share = truth(*listed(data, x, 2), data.weight)

@@ -68,6 +68,7 @@ def test_without_the_backdoor_the_label_is_as_far_as_another():
 
 
 @OBJECTIVES
+@pytest.mark.slow
 def test_labels_together_are_labels_alone(objective):
     known = mj.Known(clean=rows())
     alone = jax.jit(inverter(objective, num_steps=60, labels=[1]))(KEY, backdoored(), known)

@@ -27,7 +27,6 @@ EXPECTED = {
     "convnet": (8, 32, 3),
     "alexnet": (8, 12, 2),
 }
-every_net = pytest.mark.parametrize("name", list(MAKE))
 
 
 def count(model, shape=(32, 32, 3)):
@@ -35,7 +34,9 @@ def count(model, shape=(32, 32, 3)):
     return sum(leaf.size for leaf in leaves)
 
 
-@every_net
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "mobilenet" else ()) for name in MAKE]
+)
 def test_layers_dropout_and_gradients(name):
     """Layers end in the features, each dropout acts under a key and nowhere else, gradients are right: one program."""
     side, num_features, num_blocks = EXPECTED[name]

@@ -91,6 +91,7 @@ def test_the_recipe_learns_and_is_the_sgd_that_it_says():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, w)
 
 
+@pytest.mark.slow
 def test_weights_bfloat16_and_seeds():
     data = stripes(16)
     short = RECIPE._replace(num_epochs=1)
@@ -120,6 +121,7 @@ def test_the_augmentation_composes_into_any_trainer():
     assert jnp.any(goal(data.x) != 0)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_spread_over_two_devices():
     code = """
         import jax, jax.numpy as jnp, numpy as np

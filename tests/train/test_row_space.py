@@ -29,6 +29,7 @@ def make(n=9, d=40):
 
 @pytest.mark.parametrize("shape", [(9, 40), (40, 9)], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("batching", [loop.full_batch, loop.shuffled(3)], ids=["full", "batches"])
+@pytest.mark.slow
 def test_the_steps_are_the_same(shape, batching):
     with jax.enable_x64(True):
         params, data = make(*shape)
