@@ -119,18 +119,19 @@ def pretrained(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _outputs(fn: Callable, params: Any, x: jax.Array) -> jax.Array:
+def outputs(fn: Callable, params: Any, x: jax.Array) -> jax.Array:
+    """`fn(params, x)` of all rows, 100 at a time; for `fn` any function of a network, compiled once each."""
     return jax.lax.map(lambda row: fn(params, row[None])[0], x, batch_size=min(100, len(x)))
 
 
 def features(net: Net, x: jax.Array) -> jax.Array:
     """The network's features in evaluation mode, 100 rows at a time: `[n, d]`."""
-    return _outputs(net.model.features, net.params, x)
+    return outputs(net.model.features, net.params, x)
 
 
 def likeliest(net: Net, x: np.ndarray) -> np.ndarray:
     """The classes in the order in which the network as pre-trained takes the images for them: `[n, 10]`."""
-    return np.argsort(-np.asarray(_outputs(net.model.apply, net.params, floats(x))), axis=1, kind="stable")
+    return np.argsort(-np.asarray(outputs(net.model.apply, net.params, floats(x))), axis=1, kind="stable")
 
 
 def accuracy(net: Net, x: np.ndarray, y: np.ndarray) -> float:

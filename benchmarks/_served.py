@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +110,28 @@ class Served:
         self._process.terminate()
         with self._process:  # closes its pipes and waits
             pass
+
+
+def in_turn(
+    commands: Mapping[str, Sequence[str]], cores: Sequence[int] | None, turns: int
+) -> tuple[dict[str, dict[str, list[float]]], list[float]]:
+    """Starts the processes one by one, then asks each of them for one timed call, turn by turn, and ends them.
+
+    Returns:
+      `(times, loads)`: `times[who]["seconds" or "cpu_seconds"]`, a number a turn, and the machine's load after each turn.
+    """
+    processes: dict[str, Served] = {}
+    times: dict[str, dict[str, list[float]]] = {who: {"seconds": [], "cpu_seconds": []} for who in commands}
+    loads = []
+    try:
+        for who, line in commands.items():
+            processes[who] = Served(line, cores)
+        for _ in range(turns):
+            for who, process in processes.items():
+                for what, value in process.time().items():
+                    times[who][what].append(value)
+            loads.append(os.getloadavg()[0])
+    finally:
+        for process in processes.values():
+            process.close()
+    return times, loads

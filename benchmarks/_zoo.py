@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mlsec_jax as mj
-from benchmarks._clean_label import floats
+from benchmarks._clean_label import floats, outputs
 from mlsec_jax import attacks, data, losses, measure, models, threat, train
 from mlsec_jax.memo import memo
 
@@ -118,16 +118,14 @@ def attacked(
     return Attacked(fit(train_key, rows, num_epochs), rows, poisoned)
 
 
-@jax.jit
 def predict(params: Any, x: jax.Array) -> jax.Array:
-    """Classes of images `[n, 28, 28, 1]`, 500 at a time."""
-    return jax.lax.map(lambda row: jnp.argmax(NET.apply(params, row[None])[0]), x, batch_size=min(500, len(x)))
+    """Classes of images `[n, 28, 28, 1]`."""
+    return jnp.argmax(outputs(NET.apply, params, x), axis=1)
 
 
-@jax.jit
 def features(params: Any, x: jax.Array) -> jax.Array:
-    """The last hidden layer `[n, 512]`, 500 rows at a time."""
-    return jax.lax.map(lambda row: NET.features(params, row[None])[0], x, batch_size=min(500, len(x)))
+    """The last hidden layer `[n, 512]`."""
+    return outputs(NET.features, params, x)
 
 
 def accuracy(params: Any, test: mj.Data) -> float:

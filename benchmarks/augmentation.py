@@ -16,7 +16,6 @@ ICASSP 2021 (arXiv:2011.09527), table 1; Li et al., "Anti-Backdoor Learning", Ne
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ import numpy as np
 import optax
 
 import mlsec_jax as mj
-from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, floats, images, share
+from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, floats, images, outputs, share
 from benchmarks._record import Paper, Result, benchmark
 from mlsec_jax import attacks, bilevel, combine, defenses, loop, losses, measure, threat, train
 from mlsec_jax.memo import memo
@@ -113,12 +112,6 @@ def trainers(task: Task, size: Size) -> dict[str, Callable]:
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def predict(apply_fn: Callable, params: Any, x: jax.Array) -> jax.Array:
-    """Classes, 100 images at a time."""
-    return jax.lax.map(lambda row: jnp.argmax(apply_fn(params, row[None])[0]), x, batch_size=min(100, len(x)))
-
-
 def victim(task: Task, trainer: Callable, key: jax.Array, fraction: float) -> dict[str, float]:
     """A network trained on patched rows, and what it does with clean and with patched test images."""
     patch_key, poison_key, init_key, train_key = jax.random.split(key, 4)
@@ -132,9 +125,9 @@ def victim(task: Task, trainer: Callable, key: jax.Array, fraction: float) -> di
         return params, told.get("isolated", jnp.zeros(rows.num_rows, bool))
 
     params, isolated = memo(fit, name="augmentation-convnet")(init_key, train_key, rows)
-    predicted = predict(task.model.apply, params, task.test.x)
+    predicted = jnp.argmax(outputs(task.model.apply, params, task.test.x), axis=1)
     others = task.test.y != TARGET
-    stamped = predict(task.model.apply, params, patch(None, task.test.x))
+    stamped = jnp.argmax(outputs(task.model.apply, params, patch(None, task.test.x)), axis=1)
     return {
         "accuracy": float(measure.accuracy(predicted, task.test)),
         "taken": float(jnp.sum(others & (predicted == TARGET))),

@@ -25,6 +25,7 @@ import optax
 
 import mlsec_jax as mj
 from benchmarks import _zoo
+from benchmarks._clean_label import outputs
 from benchmarks._record import Result, benchmark
 from mlsec_jax import attacks, bilevel, channels, combine, defenses, loop, losses, models, scores, threat, train
 
@@ -171,12 +172,6 @@ def fitted(size: Size, name: str) -> Callable:
     return fit
 
 
-@jax.jit
-def logits(params: Any, x: jax.Array) -> jax.Array:
-    """Of all rows, 250 at a time."""
-    return jax.lax.map(lambda row: NET.apply(params, row[None])[0], x, batch_size=min(250, len(x)))
-
-
 @functools.cache
 def asked(name: str) -> Callable:
     """`(key, params, x, clean) -> labels [n]`, -1 for a refused input."""
@@ -257,7 +252,7 @@ def run(size: str, seed: int, context: Any) -> Result:
                 both = [asked(defense)(ask_key, undefended, x, clean) for x in (test.x, stamped)]
             else:
                 params = fitted(chosen, defense)(fit_key, rows, jnp.float32(eps), clean, holdout)
-                both = [jnp.argmax(logits(params, x), axis=1) for x in (test.x, stamped)]
+                both = [jnp.argmax(outputs(NET.apply, params, x), axis=1) for x in (test.x, stamped)]
             answers, aimed = (np.asarray(each) for each in both)
             found[defense] = cell(answers, aimed, y, wanted)
         return found

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mlsec_jax as mj
-from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, floats, images
+from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, floats, images, outputs
 from benchmarks._record import Paper, Result, benchmark
 from mlsec_jax import attacks, combine, measure, models, scores, threat, train
 from mlsec_jax.memo import memo
@@ -84,9 +84,7 @@ def one_row(key: jax.Array, pool: Images, source: int, target: int, trigger: Any
     rows, info = attack(poison_key, clean, mj.Known())
     poisoned = np.asarray(info["poisoned"])
 
-    @jax.jit
-    def answers(params: Any, x: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda row: jnp.argmax(model.apply(params, row[None])[0]), x, batch_size=100)
+    answers = lambda params, x: jnp.argmax(outputs(model.apply, params, x), axis=1)
 
     def judge(params: Any) -> tuple[float, float]:
         got = measure.attack_success(
@@ -94,9 +92,7 @@ def one_row(key: jax.Array, pool: Images, source: int, target: int, trigger: Any
         )
         return float(measure.accuracy(answers(params, test.x), test)), float(got.rate)
 
-    def seen(params: Any, x: jax.Array, key: Any = None) -> jax.Array:
-        return jax.lax.map(lambda row: model.features(params, row[None])[0], x, batch_size=100)
-
+    seen = lambda params, x, key=None: outputs(model.features, params, x)
     params = fit(first_key, rows)
     sanitize = combine.filter_top(scores.spectral(seen, num_classes=10), fraction=1.5 * epsilon, num_classes=10)
     kept, _ = jax.jit(sanitize)(score_key, rows, mj.Known(params=params))

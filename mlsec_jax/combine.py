@@ -218,7 +218,7 @@ def filter_top(
       `num_removed` (likewise).
     """
     checks.between("fraction", fraction, 0.0, 1.0)
-    _check_surrogate(gradient)
+    check_surrogate(gradient)
 
     def cut(score: jax.Array, subject: Data) -> tuple[jax.Array, jax.Array, dict]:
         group = jnp.zeros(score.shape, jnp.int32) if num_classes is None else subject.y
@@ -253,7 +253,7 @@ def filter_above(
     Returns:
       A transform of `Data`; its info holds `keep [n]` (bool), `score [n]`, `threshold` and `num_removed`.
     """
-    _check_surrogate(gradient)
+    check_surrogate(gradient)
 
     def cut(score: jax.Array, subject: Data) -> tuple[jax.Array, jax.Array, dict]:
         level = jnp.asarray(threshold, score.dtype)
@@ -264,7 +264,8 @@ def filter_above(
     return _filter(scorer, cut, gradient, reads_model)
 
 
-def _check_surrogate(gradient: Any) -> None:
+def check_surrogate(gradient: Any) -> None:
+    """Raises unless it is "hard" or names a surrogate: for whatever takes `gradient=`."""
     if gradient != "hard" and not isinstance(gradient, (Soft, StraightThrough)):
         raise ValueError(f"gradient: expected 'hard', soft(t) or straight_through(t), got {gradient!r}.")
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import _record
-from benchmarks._served import Served
+from benchmarks._served import in_turn
 
 RADIUS, LEARNING_RATE, SIDE, TARGETS = 0.1, 0.01, 2048, 16
 PEERS = {"torch": "MLSEC_JAX_PEERS_PYTHON", "art": "MLSEC_JAX_ART_PYTHON", "art_frozen": "MLSEC_JAX_ART_PYTHON"}
@@ -114,21 +114,10 @@ def measure(setting: Setting, arrays: dict[str, np.ndarray], path: Path, cores: 
     spec |= {"radius": RADIUS, "learning_rate": LEARNING_RATE, "side": SIDE, "targets": 1, "devices": 1}
     commands = contestants(setting, spec, cores)
     pinned = sorted(os.sched_getaffinity(0))[-1:] if cores == "one" else None
-    processes: dict[str, Served] = {}
-    loads = []
-    try:
-        for who, line in commands.items():
-            processes[who] = Served(line, pinned)
-        what = "cpu_seconds" if cores == "one" else "seconds"
-        times: dict[str, list[float]] = {who: [] for who in processes}
-        for _ in range(turns):
-            for who, process in processes.items():
-                times[who].append(process.time()[what])
-            loads.append(os.getloadavg()[0])
-    finally:
-        for process in processes.values():
-            process.close()
-    figures = agreement(setting, spec, [who for who in processes if who != "matmul"])
+    timed, loads = in_turn(commands, pinned, turns)
+    what = "cpu_seconds" if cores == "one" else "seconds"
+    times = {who: each[what] for who, each in timed.items()}
+    figures = agreement(setting, spec, [who for who in times if who != "matmul"])
     seconds = {}
     for who, values in times.items():
         per = 1 if who == "matmul" else setting.num_steps * int(who.partition("_")[2] if "targets" in who else 1)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import _record
-from benchmarks._served import Served
+from benchmarks._served import in_turn
 
 EPSILON, CLASSES = 0.1, 10
 LIMITS = {"spectral": 1 / 10, "clusters": 1 / 3}
@@ -80,20 +80,8 @@ def measure(detector: str, arrays: dict[str, np.ndarray], path: Path, cores: str
     found = {who: command(who, each | {"out": str(out[who])}) for who, each in specs.items()}
     pinned = sorted(os.sched_getaffinity(0))[-1:] if cores == "one" else None
     what = "cpu_seconds" if cores == "one" else "seconds"
-    processes: dict[str, Served] = {}
-    loads = []
-    try:
-        for who, line in found.items():
-            if line:
-                processes[who] = Served(line, pinned)
-        times: dict[str, list[float]] = {who: [] for who in processes}
-        for _ in range(turns):
-            for who, process in processes.items():
-                times[who].append(process.time()[what])
-            loads.append(os.getloadavg()[0])
-    finally:
-        for process in processes.values():
-            process.close()
+    timed, loads = in_turn({who: line for who, line in found.items() if line}, pinned, turns)
+    times = {who: each[what] for who, each in timed.items()}
     figures: dict[str, float] = {}
     for who, values in times.items():
         figures[f"{what}_{who}"] = float(np.median(values))

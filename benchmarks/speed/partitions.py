@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import _record
-from benchmarks._served import Served
+from benchmarks._served import in_turn
 
 ROWS, INPUTS, CLASSES, WIDTH, TESTS = 50, 784, 10, 64, 20
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
@@ -69,26 +69,16 @@ def measure(setting: Setting, problem: Path, turns: int) -> dict[str, Any]:
     spec["dealt"] = str(problem.with_suffix(f".{setting.kind}.dealt.npz"))
     out = lambda who: problem.with_suffix(f".{setting.kind}.{who}.npy")
     core = sorted(os.sched_getaffinity(0))[-1:]
-    processes: dict[str, Served] = {}
-    try:
-        for who in ("ours", "ours_plain", "torch"):
-            line = command(who, spec | {"out": str(out(who))})
-            if line:
-                processes[who] = Served(line, core)
-        times: dict[str, list[float]] = {who: [] for who in processes}
-        for _ in range(turns):
-            for who, process in processes.items():
-                times[who].append(process.time()["cpu_seconds"])
-    finally:
-        for process in processes.values():
-            process.close()
-    logits = {who: np.load(out(who)) for who in processes}
+    found = {who: command(who, spec | {"out": str(out(who))}) for who in ("ours", "ours_plain", "torch")}
+    timed, _ = in_turn({who: line for who, line in found.items() if line}, core, turns)
+    times = {who: each["cpu_seconds"] for who, each in timed.items()}
+    logits = {who: np.load(out(who)) for who in times}
     apart = {who: float(np.abs(value - logits["ours"]).max()) for who, value in logits.items()}
     if max(apart.values()) > 1e-3:
         raise RuntimeError(f"{setting.kind}: expected equal logits, got differences {apart}.")
     figures: dict[str, Any] = {f"cpu_seconds_{who}": float(np.median(values)) for who, values in times.items()}
     ratio = lambda who: float(np.median(np.array(times[who]) / np.array(times["ours"])))
-    figures |= {f"over_{who}": ratio(who) for who in processes if who != "ours"}
+    figures |= {f"over_{who}": ratio(who) for who in times if who != "ours"}
     return {**setting._asdict(), **figures, "logits_apart": max(apart.values()), "turns": turns, "load": os.getloadavg()[0]}
 
 

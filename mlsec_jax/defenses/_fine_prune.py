@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mlsec_jax import checks, losses, measure
 from mlsec_jax.base import ApplyFn, Info, Key, Known, LossFn, Params, Trainer, Transform
 from mlsec_jax.channels import Layer, along, mean_activation, ranks
-from mlsec_jax.combine import Soft, StraightThrough, Surrogate
+from mlsec_jax.combine import Soft, StraightThrough, Surrogate, check_surrogate
 
 TrainerFn = Callable[[LossFn], Trainer]
 
@@ -63,8 +63,7 @@ def fine_prune(
     checks.at_least("budget", budget, 0)
     if max_pruned is not None:
         checks.count("max_pruned", max_pruned)
-    if gradient != "hard" and not isinstance(gradient, (Soft, StraightThrough)):
-        raise ValueError(f"gradient: expected 'hard', soft(t) or straight_through(t), got {gradient!r}.")
+    check_surrogate(gradient)
     tuned_loss = losses.cross_entropy(apply_fn) if loss_fn is None else loss_fn
 
     def kept(activation: jax.Array, order: jax.Array, num_pruned: jax.Array) -> tuple[jax.Array, jax.Array]:
