@@ -14,11 +14,17 @@ import numpy as np
 import optax
 
 import mlsec_jax as mj
-from mlsec_jax import bilevel, combine, data, loop, losses, measure, models, parallel, train
+from mlsec_jax import attacks, bilevel, combine, data, linalg, loop, losses, measure, models, parallel, train
 from mlsec_jax.memo import memo
 
 LOSSY = "CIFAR-10 from a copy whose pixels went through JPEG (quality 75, 4:2:0); labels and order are the official ones"
 GROUP_NORM = "slim networks with group norm (the papers': full width, batch norm)"
+
+
+# The coefficients by a few steps from equal ones: exact ones leave most of 25 poisons without weight, where they began.
+CONVEX_POLYTOPE = functools.partial(
+    attacks.convex_polytope, coefficients_fn=functools.partial(linalg.descend_in_hull, num_steps=30)
+)
 
 
 class Images(NamedTuple):

@@ -78,13 +78,8 @@ def trainer(num_rows: int, num_epochs: int) -> mj.base.Trainer:
 
 def fit(key: jax.Array, rows: mj.Data, num_epochs: int) -> Any:
     """A model of `NET` trained from the key on the rows, or read from the user's cache."""
-
-    def from_scratch(key: jax.Array, rows: mj.Data) -> Any:
-        init_key, train_key = jax.random.split(key)
-        params = NET.init(init_key, rows.x[:1])
-        return trainer(rows.num_rows, num_epochs)(train_key, params, rows)[0]
-
-    return memo(from_scratch, name="zoo-lenet")(key, rows)
+    victim = train.from_random(NET.init, trainer(rows.num_rows, num_epochs))
+    return memo(lambda key, rows: victim(key, None, rows)[0], name="zoo-lenet")(key, rows)
 
 
 def attacked(

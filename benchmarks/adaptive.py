@@ -31,7 +31,7 @@ import mlsec_jax as mj
 from benchmarks import _zoo
 from benchmarks._clean_label import share, trials
 from benchmarks._record import Result, benchmark
-from mlsec_jax import attacks, bilevel, channels, combine, defenses, loop, losses, measure, models, scores, threat
+from mlsec_jax import attacks, bilevel, channels, combine, defenses, loop, losses, measure, models, scores, threat, train
 
 POISONS, PER_CLASS, VICTIMS = 10, 50, 5
 EPSILON = POISONS / (PER_CLASS + POISONS)
@@ -60,15 +60,7 @@ def victim(model: models.Model) -> mj.base.Trainer:
     trainer = bilevel.unrolled(
         losses.cross_entropy(model.apply), optax.sgd(rate, momentum=0.9), 60, batching=loop.shuffled(64)
     )
-
-    def from_random(trainer: Any) -> mj.base.Trainer:
-        def fit(key: mj.base.Key, params: Any, data: mj.Data) -> tuple[Any, Any]:
-            init_key, train_key = jax.random.split(key)
-            return trainer(train_key, model.init(init_key, data.x[:1]), data)
-
-        return mj.base.Trainer(fit, batched=lambda during: from_random(trainer.batched(during)))
-
-    return from_random(trainer)
+    return train.from_random(model.init, trainer)
 
 
 def defended(name: str, clean: mj.Data, hard: bool) -> tuple[models.Model, mj.base.Trainer, mj.base.Trainer]:

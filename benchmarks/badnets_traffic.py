@@ -51,11 +51,10 @@ def run(size: str, seed: int, context: Any) -> Result:
     reserved = threat.reserve(rows, jax.tree.map(lambda leaf: leaf[:num_stops], rows))
 
     def fit(key: jax.Array, rows: mj.Data) -> Any:
-        init_key, train_key = jax.random.split(key)
         trainer = train.scratch(
             losses.cross_entropy(model.apply), num_epochs=epochs, batch_size=64, num_rows=rows.num_rows, learning_rate=0.02
         )
-        return trainer(train_key, model.init(init_key, rows.x[:1]), rows)[0]
+        return train.from_random(model.init, trainer)(key, None, rows)[0]
 
     predict = jax.jit(lambda params, x: jnp.argmax(model.apply(params, x), axis=1))
 

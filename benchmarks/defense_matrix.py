@@ -165,9 +165,8 @@ def fitted(size: Size, name: str) -> Callable:
 
     @jax.jit
     def fit(key: mj.base.Key, rows: mj.Data, eps: jax.Array, clean: mj.Data, holdout: mj.Data) -> Any:
-        init_key, train_key = jax.random.split(key)
         known = mj.Known(clean=clean, holdout=holdout)
-        return trainers(size)[name](eps, known)(train_key, NET.init(init_key, rows.x[:1]), rows)[0]
+        return train.from_random(NET.init, trainers(size)[name](eps, known))(key, None, rows)[0]
 
     return fit
 

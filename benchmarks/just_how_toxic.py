@@ -61,7 +61,7 @@ def attack(name: str, num_poisons: int) -> Callable[[Any], mj.Algorithm]:
     if name == "fc":
         published: dict[str, Any] = {"opacity": 0.3, "relative": False, "step_size": 0.001, "shrink": 0.2, "grow": 1.0}
         return lambda features_fn: attacks.feature_collision(features_fn, threat=reach, **published)
-    factory = {"cp": attacks.convex_polytope, "bp": attacks.bullseye_polytope}[name]
+    factory: Callable[..., mj.Algorithm] = shared.CONVEX_POLYTOPE if name == "cp" else attacks.bullseye_polytope
     return lambda features_fn: factory(features_fn, threat=reach, optimizer=optax.adam(0.04 * 0.25))
 
 

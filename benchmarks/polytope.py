@@ -96,7 +96,11 @@ def problem(images: shared.Images, size: Size) -> Problem:
 def attack(name: str) -> Callable[[Any], mj.Algorithm]:
     """`features_fn -> Algorithm` of one of the three, at the papers' radius."""
     reach = threat.perturb_rows(jnp.arange(POISONS), radius=RADIUS)
-    factories = {"fc": attacks.feature_collision, "cp": attacks.convex_polytope, "bp": attacks.bullseye_polytope}
+    factories: dict[str, Callable[..., mj.Algorithm]] = {
+        "fc": attacks.feature_collision,
+        "cp": shared.CONVEX_POLYTOPE,
+        "bp": attacks.bullseye_polytope,
+    }
     factory = factories[name]
     return lambda features_fn: factory(features_fn, threat=reach, optimizer=optax.adam(0.04 * 0.25), num_draws=1)
 

@@ -151,6 +151,28 @@ def nearest_in_hull(gram: jax.Array) -> jax.Array:
     return jax.lax.while_loop(lambda s: ~s[3] & (s[4] < 4 * k), outer, state)[0]
 
 
+def descend_in_hull(gram: jax.Array, num_steps: int) -> jax.Array:
+    """Projected gradient descent on the problem of `nearest_in_hull`, from equal coefficients with steps of `1 / ‖G‖_∞`.
+
+    Stopped early it leaves weight on every point: between the mean (no step) and the nearest point (in the limit).
+
+    Args:
+      gram: `[k, k]`, symmetric positive semi-definite.
+      num_steps: static.
+
+    Returns:
+      c `[k]`.
+
+    >>> descend_in_hull(jnp.array([[2.0, 0.0], [0.0, 6.0]]), 100).round(3).tolist()
+    [0.75, 0.25]
+    """
+    k = gram.shape[0]
+    bound = jnp.max(jnp.sum(jnp.abs(gram), axis=1))
+    rate = 1 / jnp.where(bound > 0, bound, 1)
+    step = lambda _, c: project_simplex(c - rate * (gram @ c))
+    return jax.lax.fori_loop(0, num_steps, step, jnp.full(k, 1 / k, gram.dtype))
+
+
 def top_eigenvector(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, *, num_steps: int = 32) -> jax.Array:
     """The unit eigenvector of the largest eigenvalue of a symmetric positive semi-definite map, by Lanczos.
 

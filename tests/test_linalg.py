@@ -45,6 +45,17 @@ def test_in_single_precision_it_stays_on_the_simplex():
     assert np.abs(c.sum(axis=1) - 1).max() < 1e-6 and c.min() >= 0
 
 
+def test_descent_ends_at_the_nearest_point_and_never_rises(x64):
+    points = jnp.asarray(np.random.default_rng(1).normal(size=(5, 6)) + 0.3)
+    gram = points @ points.T
+    path = [linalg.descend_in_hull(gram, num_steps) for num_steps in (0, 1, 5, 30, 3000)]
+    values = [float(c @ gram @ c) for c in path]
+    assert all(abs(float(c.sum()) - 1) < 1e-12 and float(c.min()) >= 0 for c in path)
+    assert np.all(np.diff(values) < 0)
+    np.testing.assert_allclose(path[-1], linalg.nearest_in_hull(gram), atol=1e-8)
+    np.testing.assert_allclose(linalg.descend_in_hull(jnp.zeros((3, 3)), 5), np.full(3, 1 / 3))
+
+
 def test_points_that_coincide_with_the_origin_are_a_solution():
     c = linalg.nearest_in_hull(jnp.zeros((3, 3)))
     assert float(jnp.sum(c)) == 1 and not bool(jnp.any(jnp.isnan(c)))

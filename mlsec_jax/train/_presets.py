@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from mlsec_jax import bilevel, checks, loop, losses, tree
-from mlsec_jax.base import ApplyFn, LossFn, Trainer
+from mlsec_jax.base import ApplyFn, Data, Info, Key, LossFn, Params, Trainer
 
 
 def head_only(path: str, leaf: Any) -> bool:
@@ -52,6 +54,28 @@ def scratch(
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum or None))
     batching = loop.shuffled(batch_size)
     return bilevel.unrolled(loss_fn, optimizer, num_steps, remat=remat, batching=batching, trainable=trainable)
+
+
+def from_random(init_fn: Callable[[Key, jax.Array], Params], trainer: Trainer) -> Trainer:
+    """The trainer from a start that the key draws, so that seeds of a victim are keys; the given parameters are not read.
+
+    Args:
+      init_fn: `(key, x [1, ...]) -> params`, as a model's `init`.
+      trainer: gets the rest of the key.
+    """
+
+    def begin(key: Key, data: Data) -> tuple[Key, Params]:
+        init_key, train_key = jax.random.split(key)
+        return train_key, init_fn(init_key, data.x[:1])
+
+    def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
+        return trainer(*begin(key, data), data)
+
+    def probe(key: Key, params: Params, data: Data, cotangent: Params) -> dict[str, jax.Array]:
+        return trainer.probe(*begin(key, data), data, cotangent)
+
+    batched = trainer.batched
+    return Trainer(fit, probe, batched and (lambda during: from_random(init_fn, batched(during))))
 
 
 def fine_tuned_head(loss_fn: LossFn, *, l2: Any, trainable: tree.Where = head_only) -> Trainer:

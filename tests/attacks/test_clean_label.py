@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import mlsec_jax as mj
-from mlsec_jax import attacks, combine, losses, models, threat, tree
+from mlsec_jax import attacks, combine, linalg, losses, models, threat, tree
 from tests import oracles, test_linalg
 
 K, D, H = 4, 6, 5
@@ -78,6 +78,10 @@ LOSSES = {
     "bullseye": (bullseye, functools.partial(attacks.bullseye_polytope, features)),
     "bullseye squared": (bullseye_squared, functools.partial(attacks.bullseye_polytope, features, squared=True)),
     "polytope": (polytope, functools.partial(attacks.convex_polytope, features)),
+    "polytope of equal coefficients": (
+        bullseye_squared,
+        functools.partial(attacks.convex_polytope, features, coefficients_fn=lambda gram: linalg.descend_in_hull(gram, 0)),
+    ),
     "matching": (matching, functools.partial(attacks.gradient_matching, loss_fn)),
 }
 

@@ -11,7 +11,7 @@ def test_every_public_name_of_the_method_rooms_is_registered():
     for room in ("attacks", "defenses", "scores", "threat"):
         public = {f"{room}.{name}" for name in importlib.import_module(f"mlsec_jax.{room}").__all__}
         missing = public - registered - registry.HELPERS
-        assert not missing, f"add a row to tests/registry.py for {sorted(missing)}"
+        assert not missing, f"add a row to tests/registry/ for {sorted(missing)}"
     assert registry.HELPERS.isdisjoint(registered)
 
 

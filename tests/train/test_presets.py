@@ -67,3 +67,22 @@ def test_scratch_learns_and_counts_its_steps():
     assert float(info["loss"]) < 0.6
     with pytest.raises(ValueError, match="num_rows"):
         train.scratch(problem.loss_fn, num_epochs=1, batch_size=20, num_rows=14)
+
+
+def test_a_start_is_drawn_from_the_key():
+    def noisy(shift):
+        fit = lambda key, start, data: (start + jax.random.normal(key) + shift(key, data).x.sum(), {})
+        probe = lambda key, start, data, cotangent: {"start": start, "cotangent": cotangent}
+        return mj.base.Trainer(fit, probe, noisy)
+
+    data = problems.make().train
+    init_fn = lambda key, x: jax.random.uniform(key) + x.shape[0]
+    inner = noisy(lambda key, data: data)
+    trainer = train.from_random(init_fn, inner)
+    init_key, train_key = jax.random.split(KEY)
+    start = init_fn(init_key, data.x[:1])
+    assert trainer(KEY, None, data)[0] == inner(train_key, start, data)[0]
+    assert trainer.probe(KEY, None, data, 7) == {"start": start, "cotangent": 7}
+    shift = lambda key, data: data._replace(x=data.x + 1)
+    assert trainer.batched(shift)(KEY, None, data)[0] == noisy(shift)(train_key, start, data)[0]
+    assert train.from_random(init_fn, mj.base.Trainer(inner.fit)).batched is None
