@@ -1,10 +1,12 @@
 """What every test runs under: strict promotion of dtypes and ranks; warnings are errors (pyproject).
 
 Most of the suite's time is LLVM's, so programs are compiled without its expensive passes, except in modules marked
-`optimised`, which measure time or memory. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs everything as users do.
+`optimised`, which measure time or memory. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs everything as users do. What a module
+compiled is kept on disk for the next ones of the same process (of no other: JAX does not write entries atomically).
 """
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -13,6 +15,11 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+COMPILED = tempfile.TemporaryDirectory(prefix="mlsec_jax-tests-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture
