@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ import numpy as np
 from mlsec_jax.data._cache import cache_root, keep, read_npz
 
 _CHUNK = 1024  # records decoded at a time: the decoded records of a chunk are all that is held twice
+_OFFICIAL = {  # md5 of the files of images that these data sets were made from, whose records carry no id
+    "mnist": {"train": "6bbc9ace898e44ae57da46a324031adb", "test": "2646ac647ad5339dbf082846283269ea"},
+    "fashion_mnist": {"train": "f4a8712d7a061bf5bd6d2ca38dc4d50a", "test": "8181f5470baa50b63fa0f6fddb340f0a"},
+}
 
 
 def load(
@@ -36,14 +41,16 @@ def load(
       split: `"train"`, `"test"`, `"train[:1000]"`, ….
       data_dir: where the data sets are prepared; None for TFDS_DATA_DIR, or `~/tensorflow_datasets`.
       cache_dir: None for `cache_root()`.
-      index: also return each row's number in the official order, read from the record's id (`b"train_16399"` is
-        16399: CIFAR-10's own order, that of torchvision and Keras).
+      index: also return each row's number in the official order (that of torchvision and Keras), read from the record's
+        id (`b"train_16399"` is 16399: CIFAR-10). The records of MNIST and Fashion-MNIST have none: there the order is
+        recovered for a whole split, and held to the official file of images.
 
     Returns:
       `(x [n, ...], y [n])`, or `(x, y, index [n])`.
 
     Raises:
       FileNotFoundError: the data set is not prepared there; the message says how to prepare it.
+      ValueError: no such split; an index that the records don't tell, or whose order is not the official one.
     """
     folder = _folder(name, data_dir)
     description = (folder / "dataset_info.json").read_bytes()
@@ -56,9 +63,34 @@ def load(
         keep(path, arrays)
     if not index:
         return arrays["x"], arrays["y"]
-    if "index" not in arrays:
+    numbers = arrays["index"] if "index" in arrays else _official_order(folder.parent.name, split, arrays["x"])
+    return arrays["x"], arrays["y"], numbers
+
+
+def _hashed_order(split: str, num_rows: int) -> np.ndarray:
+    """The numbers of a split's rows `[n]` as tfds stores them: by the md5 of the split's name and the row's key, its number."""
+    keys = [hashlib.md5(f"{split}{row}".encode(), usedforsecurity=False).digest() for row in range(num_rows)]
+    return np.asarray(sorted(range(num_rows), key=keys.__getitem__), np.int32)
+
+
+def _official_order(name: str, split: str, x: np.ndarray) -> np.ndarray:
+    """Each stored row's official number `[n]`; raises unless the images so ordered are, byte for byte, the official file."""
+    files = _OFFICIAL.get(name)
+    if files is None:
         raise ValueError(f"index: expected records with ids such as 'train_16399', and those of {name!r} have none.")
-    return arrays["x"], arrays["y"], arrays["index"]
+    if split not in files:
+        raise ValueError(f"index: expected a whole split of {name!r}, one of {sorted(files)}, got {split!r}.")
+    numbers = _hashed_order(split, len(x))
+    ordered = np.empty_like(x)
+    ordered[numbers] = x
+    found = hashlib.md5(struct.pack(">4I", 2051, *x.shape[:3]), usedforsecurity=False)  # the header of an IDX file
+    found.update(ordered.data)
+    if found.hexdigest() != files[split]:
+        raise ValueError(
+            f"index: the images of {name!r}, {split!r}, sorted back from the order of tfds's hash, are not the official "
+            f"file (md5 {files[split]}, got {found.hexdigest()}): other pixels, or prepared with another hash."
+        )
+    return numbers
 
 
 def _folder(name: str, data_dir: str | os.PathLike | None) -> Path:

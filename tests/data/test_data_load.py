@@ -1,7 +1,9 @@
 """The loaders: what they read, what they keep, and what they say when there is nothing to read."""
 
+import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -43,21 +45,23 @@ def mini(tmp_path_factory):
     return root
 
 
-def write_mini(folder, description, step=10):
+def write_mini(folder, description, step=10, numbers=None):
+    """Rows in order with ids that count down; or, given the rows' numbers, images that show them and no ids."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder.mkdir(parents=True)
     features = tfds.features.FeaturesDict(
         {
-            "id": tfds.features.Text(),
             "image": tfds.features.Tensor(shape=(2, 3, 1), dtype=np.uint8),
             "label": tfds.features.ClassLabel(num_classes=3),
         }
+        | ({"id": tfds.features.Text()} if numbers is None else {})
     )
     writer = ArrayRecordWriter(str(folder / "mini-train.array_record-00000-of-00001"), "group_size:1")
-    for i in range(5):
-        example = {"id": f"train_{40 - i}", "image": np.full((2, 3, 1), step * i, np.uint8), "label": i % 3}
+    for row, i in enumerate(range(5) if numbers is None else numbers):
+        example = {"image": np.full((2, 3, 1), step * i, np.uint8), "label": i % 3}
+        example |= {"id": f"train_{40 - row}"} if numbers is None else {}
         writer.write(features.serialize_example(features.encode_example(example)))
     writer.close()
     (folder / "features.json").write_text(json.dumps(features.to_json()))
@@ -78,6 +82,36 @@ def test_reads_records_in_order_with_their_official_numbers(mini, tmp_path):
     assert y.dtype == index.dtype == np.int32
     x, y = data.load("mini", split="train[1:3]", data_dir=mini, cache_dir=tmp_path)
     np.testing.assert_array_equal(y, [1, 2])
+
+
+def test_hashed_order_is_the_one_tfds_writes(tmp_path):
+    from tensorflow_datasets.core.shuffle import Shuffler
+
+    for split in ("train", "test"):
+        shuffler = Shuffler(tmp_path, hash_salt=split)
+        for row in range(1000):
+            shuffler.add(row, b"%d" % row)
+        np.testing.assert_array_equal(_tfds._hashed_order(split, 1000), [int(stored) for _, stored in shuffler])
+
+
+def test_official_order_of_records_without_ids(tmp_path, monkeypatch):
+    hashed = _tfds._hashed_order("train", 5).tolist()
+    assert hashed != sorted(hashed)
+    write_mini(tmp_path / "plain" / "1.0.0", "without ids", numbers=hashed)
+    load = lambda split="train": data.load("plain", split=split, data_dir=tmp_path, cache_dir=tmp_path / "c", index=True)
+    with pytest.raises(ValueError, match="index: expected records with ids"):
+        load()
+    file = struct.pack(">4I", 2051, 5, 2, 3) + np.repeat(10 * np.arange(5, dtype=np.uint8), 6).tobytes()
+    monkeypatch.setitem(_tfds._OFFICIAL, "plain", {"train": hashlib.md5(file).hexdigest()})
+    x, y, index = load()
+    np.testing.assert_array_equal(index, hashed)
+    np.testing.assert_array_equal(x[:, 0, 0, 0], 10 * index)
+    np.testing.assert_array_equal(y, index % 3)
+    with pytest.raises(ValueError, match="index: expected a whole split"):
+        load("train[:3]")
+    monkeypatch.setitem(_tfds._OFFICIAL, "plain", {"train": hashlib.md5(file[::-1]).hexdigest()})
+    with pytest.raises(ValueError, match="are not the official file"):
+        load()
 
 
 def test_second_load_reads_the_cache_only(mini, tmp_path, monkeypatch):
@@ -174,6 +208,17 @@ def test_mnist_loads_in_under_a_second_the_second_time(tmp_path):
     assert x.shape == (60000, 28, 28, 1) and x.dtype == np.uint8
     published = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert np.bincount(y).tolist() == published
+    _, y, index = data.load("mnist", split="train", data_dir=TFDS, cache_dir=tmp_path, index=True)
+    assert y[np.argsort(index)][:20].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4, 3, 5, 3, 6, 1, 7, 2, 8, 6, 9]
+
+
+@pytest.mark.parametrize("name, begins", [("mnist", "72104149590690159734"), ("fashion_mnist", "92116146574573412480")])
+def test_mnist_index_is_the_official_one(name, begins, tmp_path):
+    if not (TFDS / name).is_dir():
+        pytest.skip(f"{name} is not prepared in TFDS_DATA_DIR")
+    _, y, index = data.load(name, split="test", data_dir=TFDS, cache_dir=tmp_path, index=True)
+    assert sorted(index) == list(range(10000)) and index.dtype == np.int32
+    assert "".join(map(str, y[np.argsort(index)][:20])) == begins
 
 
 @needs_cifar
