@@ -1,0 +1,297 @@
+"""Hidden trigger: poisons that show no trigger and carry true labels make a retrained head obey one.
+
+German traffic signs (digits at `small`). Ten classes, drawn by the seed, are not among those that the feature extractor
+was pre-trained on. In a trial the victim tells two of them apart: it trains a head of two classes on frozen features of
+clean rows and of poisons that are added. The poisons are further images of the target class, changed by at most 16/255
+(after rounding to 8 bits) so that their features are those of source images with the trigger, 8x8 random colours at a
+random place; the closest are used. The trigger appears in tests only, at a random place again. `patched_accuracy_...`
+is the accuracy on source images with the trigger, whose complement is the attack's success.
+
+The victims of a trial share a key and train on as many rows. In place of the poisons the *clean model* gets the images
+that they are made of; *noise* the same images with random signs at full radius; *badnets* source images with the
+trigger in plain sight and the wrong label. Intervals are over images, many to a victim; `..._std` is over trials.
+
+References: Saha, Subramanya & Pirsiavash, "Hidden Trigger Backdoor Attacks", AAAI 2020.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mlsec_jax as mj
+from benchmarks._clean_label import (
+    GROUP_NORM,
+    LINEAR,
+    HeadRecipe,
+    Images,
+    Net,
+    eight_bits,
+    features,
+    fine_tuning,
+    floats,
+    images,
+    share,
+    trials,
+)
+from benchmarks._record import Paper, Result, benchmark
+from mlsec_jax import attacks, combine, data, models, threat, train
+from mlsec_jax.memo import memo
+
+RADIUS = 16 / 255
+SIDE = 8  # of the trigger
+STEP_SIZE = 4 / 255  # of Adam, a cosine to zero
+HEAD = HeadRecipe(optax.adam(0.001), num_epochs=60, batch_size=20)
+CHANNELS = (1, 2, 2, 4, 16)  # of the network, in units of its width: 4,096 features at width 16
+VICTIMS = ("clean", "hidden", "noise", "badnets")
+PAPER = "Saha et al., AAAI 2020: ImageNet, ten random pairs, 400 poisons beside 1,600 rows, AlexNet"
+
+
+class Size(NamedTuple):
+    """What differs between the sizes.
+
+    Attributes:
+      width: of the network.
+      classes: that are not pre-trained on.
+      pretrain: rows of each of the others for pre-training, at most.
+      epochs: of pre-training.
+      crafted: poisons of a trial, each with a source image of its own.
+      together: of them, paired among each other.
+      poisons: of them, the closest to their sources, that are used.
+      steps: of crafting.
+      tuned: rows of each of the two classes that the head trains on.
+      pairs: trials, each an ordered pair of classes and a trigger.
+      compared: trials that are crafted with each of the three pairings.
+      test: held-out images of each class.
+    """
+
+    width: int
+    classes: int
+    pretrain: int
+    epochs: int
+    crafted: int
+    together: int
+    poisons: int
+    steps: int
+    tuned: int
+    pairs: int
+    compared: int
+    test: int
+
+
+SIZES = {
+    "small": Size(4, 4, 150, 2, 40, 20, 30, 40, 100, pairs=2, compared=1, test=100),
+    "full": Size(16, 10, 100, 18, 30, 30, 30, 200, 70, pairs=24, compared=3, test=40),
+    "paper": Size(64, 10, 100, 60, 30, 30, 30, 5000, 70, pairs=90, compared=90, test=40),
+}
+
+
+def signs() -> Images:
+    """The German traffic signs."""
+    table = data.table("gtsrb_subset")
+    note = "100 frames of each of 43 traffic signs, several of a track, resized to 32x32 (paper: ImageNet, CIFAR-10)"
+    return Images(table["X_train"], table["y_train"], table["X_test"], table["y_test"], (note,))
+
+
+class Problem(NamedTuple):
+    """What a run draws; images are `[classes, n, h, w, c]`.
+
+    Attributes:
+      classes: those that the extractor has not seen.
+      pairs: `[pairs, 2]`, source and target, as ranks among them.
+      crafting: images that become poisons, and source images that they are to meet.
+      tuned: the head's training set.
+      test: held-out images.
+    """
+
+    classes: np.ndarray
+    pairs: np.ndarray
+    crafting: jax.Array
+    tuned: jax.Array
+    test: jax.Array
+
+
+def problem(seed: int, pictures: Images, size: Size) -> Problem:
+    """Classes, and rows of each for crafting, for training and for tests."""
+    rng = np.random.default_rng(seed)
+    classes = rng.permutation(np.unique(pictures.y))[: size.classes]
+    pairs = rng.permutation(list(itertools.permutations(range(size.classes), 2)))[: size.pairs]
+    drawn = lambda y, num: np.stack([rng.permutation(np.flatnonzero(y == label))[:num] for label in classes])
+    rows = drawn(pictures.y, size.crafted + size.tuned)
+    of = lambda x, rows: floats(x[rows])
+    crafting, tuned = of(pictures.x, rows[:, : size.crafted]), of(pictures.x, rows[:, size.crafted :])
+    return Problem(classes, pairs, crafting, tuned, of(pictures.x_test, drawn(pictures.y_test, size.test)))
+
+
+def extractor(pictures: Images, classes: np.ndarray, size: Size) -> Net:
+    """A network pre-trained on the other classes, or read from the user's cache."""
+    others = np.setdiff1d(pictures.y, classes)
+    rows = np.concatenate([np.flatnonzero(pictures.y == label)[: size.pretrain] for label in others])
+    mean, std = (np.float32(fn(pictures.x[rows] / np.float32(255))) for fn in (np.mean, np.std))
+    model = models.convnet(
+        width=size.width, sizes=CHANNELS, pooled=(0, 1, 3), num_classes=len(others), mean=mean, std=std
+    )
+    recipe = train.Recipe(num_epochs=size.epochs, flip=False)  # mirrored signs are other signs
+    fit = memo(lambda key, rows: train.pretrain(key, model, rows, recipe)[0], name="benchmark-hidden-trigger")
+    table = mj.dataset(floats(pictures.x[rows]), jnp.asarray(np.searchsorted(others, pictures.y[rows]), jnp.int32))
+    return Net(model, fit(jax.random.key(0), table))
+
+
+def colours(key: jax.Array, channels: int) -> threat.Trigger:
+    """The paper's trigger: a grid of 4x4 random colours, enlarged; its place is random for every image."""
+    grid = jax.random.uniform(key, (4, 4, channels))
+    return threat.patch(eight_bits(jax.image.resize(grid, (SIDE, SIDE, channels), "bilinear")), at=None)
+
+
+def seen(net: Net, params: Any, x: jax.Array) -> jax.Array:
+    """Features in evaluation mode, 100 rows at a time, within a compiled program: `[n, d]`."""
+    return jax.lax.map(lambda row: net.model.features(params, row[None])[0], x, batch_size=min(100, len(x)))
+
+
+def craft(net: Net, size: Size, pairing: str) -> Callable:
+    """`(key, trigger, bases [crafted], sources [crafted], params) -> (poisons [poisons], bases, distances, at the start)`.
+
+    Distances are squared, means over the poisons used (in 8 bits), and over all bases at the start.
+    """
+    reach = threat.perturb_rows(jnp.arange(size.together), radius=RADIUS)
+    optimizer = optax.adam(optax.cosine_decay_schedule(STEP_SIZE, size.steps))
+    labels = jnp.zeros(size.together, jnp.int32)  # no loss here reads them
+
+    def run(key: jax.Array, trigger: Any, bases: jax.Array, sources: jax.Array, params: Any) -> tuple:
+        attack = attacks.hidden_trigger(net.model.features, trigger, threat=reach, optimizer=optimizer, pairing=pairing)
+
+        def batch(part: tuple) -> tuple:
+            key, bases, sources = part
+            subject, known = mj.dataset(bases, labels), mj.Known(params=params, goal=mj.dataset(sources, labels))
+            state, infos = combine.run(attack, key, subject, known, num_steps=size.steps)
+            poison = eight_bits(state.poison)
+            distance = attack.step(key, state._replace(poison=poison), subject, known)[1]["distance"]
+            return poison, distance, infos["distance"][0]
+
+        apart = lambda x: x.reshape(-1, size.together, *x.shape[1:])
+        keys = jax.random.split(key, size.crafted // size.together)
+        made = jax.lax.map(batch, (keys, apart(bases), apart(sources)))
+        poison, distance, start = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in made)
+        used = jnp.argsort(distance)[: size.poisons]
+        return poison[used], bases[used], jnp.mean(distance[used]), jnp.mean(start)
+
+    return run
+
+
+def trial(net: Net, size: Size, pairing: str = "greedy") -> Callable:
+    """`(key, (source, target), task, features of its tuned and test images) -> dict` of the four victims and the distances."""
+    made = craft(net, size, pairing)
+    labels = jnp.repeat(jnp.array([1, 0, 1]), jnp.array([size.poisons, size.tuned, size.tuned]))
+    trainer = fine_tuning(LINEAR.apply, HEAD, len(labels))
+
+    def run(key: jax.Array, pair: jax.Array, params: Any, crafting: Any, tuned: Any, test_x: Any, test: Any) -> dict:
+        trigger_key, craft_key, noise_key, *place_keys, head_key, train_key = jax.random.split(key, 7)
+        source, target = pair
+        trigger = colours(trigger_key, test_x.shape[-1])
+        poisons, bases, near, far = made(craft_key, trigger, crafting[target], crafting[source], params)
+        signs = jax.random.rademacher(noise_key, bases.shape, bases.dtype)
+        noisy = eight_bits(jnp.clip(bases + RADIUS * signs, 0, 1))
+        stamped = trigger(place_keys[0], crafting[source][: size.poisons])
+        patched = seen(net, params, trigger(place_keys[1], test_x[source]))
+        head = {"head": {"w": 1e-3 * jax.random.normal(head_key, (tuned.shape[-1], 2)), "b": jnp.zeros(2)}}
+
+        def victim(added: jax.Array) -> dict[str, jax.Array]:
+            rows = jnp.concatenate([seen(net, params, added), tuned[source], tuned[target]])
+            fitted, info = trainer(train_key, head, mj.dataset(rows, labels))
+            said = lambda x: jnp.argmax(LINEAR.apply(fitted, x), axis=1)
+            right = jnp.concatenate([said(test[source]) == 0, said(test[target]) == 1])
+            return {"accuracy": jnp.mean(right), "patched": said(patched) == 0, "loss": info["loss"]}
+
+        found = jax.lax.map(victim, jnp.stack([bases, poisons, noisy, stamped]))
+        shown = {"source": test_x[source][0], "stamped": trigger(place_keys[1], test_x[source])[0]}
+        return {**found, **shown, "base": bases[0], "poison": poisons[0], "near": near, "far": far}
+
+    return run
+
+
+@benchmark
+def run(size: str, seed: int, context: Any) -> Result:
+    """Pre-trains on most classes; crafts, and judges four victims, for pairs of the others."""
+    pictures, chosen = images(embedded=True) if size == "small" else signs(), SIZES[size]
+    task = problem(seed, pictures, chosen)
+    net = extractor(pictures, task.classes, chosen)
+    of = lambda x: jnp.stack([features(net, each) for each in x])
+    everywhere = (net.params, task.crafting, of(task.tuned), task.test, of(task.test))
+    pairs = jnp.asarray(task.pairs)
+    keys = jax.random.split(context.key, len(pairs))
+    found = trials(context, "greedy", trial(net, chosen), (keys, pairs), everywhere)
+    first = np.arange(chosen.compared)
+    compared = {"greedy": {name: value[first] for name, value in found.items()}}
+    for pairing in ("optimal", "faithful"):
+        compared[pairing] = trials(context, pairing, trial(net, chosen, pairing), (keys[first], pairs[first]), everywhere)
+
+    accuracy = dict(zip(VICTIMS, found["accuracy"].mean(axis=0)))
+    patched = dict(zip(VICTIMS, np.moveaxis(found["patched"], 1, 0)))
+    drops = (patched["clean"].mean(axis=1) - patched["hidden"].mean(axis=1)).astype(float)
+    figures = {
+        "accuracy_clean": accuracy["clean"],
+        "accuracy_poisoned": accuracy["hidden"],
+        "accuracy_noise": accuracy["noise"],
+        "accuracy_badnets_same_budget": accuracy["badnets"],
+        "accuracy_lost": accuracy["clean"] - accuracy["hidden"],
+        **share("patched_accuracy_clean_model", patched["clean"]),
+        **share("patched_accuracy_poisoned_model", patched["hidden"]),
+        **share("patched_accuracy_noise", patched["noise"]),
+        **share("asr_badnets_same_budget", ~patched["badnets"]),
+        "patched_accuracy_drop": drops.mean(),
+        "patched_accuracy_drop_std": drops.std(),
+        "patched_accuracy_drop_lowest": drops.min(),
+        **share("trials_with_a_drop_of_40_points", drops >= 0.4),
+        "distance_left": np.mean(found["near"] / found["far"]),
+    }
+    for pairing, each in compared.items():
+        figures |= share(f"patched_accuracy_{pairing}", each["patched"][:, 1])
+        figures[f"distance_left_{pairing}"] = np.mean(each["near"] / each["far"])
+    figures |= {
+        "num_features": net.params["head"]["w"].shape[0],
+        "num_head_rows": 2 * chosen.tuned,
+        "num_poisons": chosen.poisons,
+        "n_trials": len(pairs),
+        "n_trials_compared": len(first),
+        "n_images_a_trial": chosen.test,
+    }
+    draw(context, found, drops)
+    reductions = [
+        *pictures.notes,
+        f"{GROUP_NORM}: here a ConvNet of width {chosen.width}, pre-trained on the classes not attacked (paper: AlexNet)",
+        f"{chosen.poisons} poisons, the closest of {chosen.crafted}, beside {2 * chosen.tuned} rows (paper: 400 beside 1,600)",
+        f"crafted by {chosen.steps} steps of Adam with a cosine (paper: 5,000 of gradient descent)",
+        "heads are trained on cached features by Adam, without dropout (paper: SGD, with dropout)",
+        f"{len(pairs)} trials share one extractor and {chosen.classes} classes: they are not independent",
+    ]
+    published = {"patched_accuracy_clean_model": 0.987, "patched_accuracy_poisoned_model": 0.437}
+    published |= {"accuracy_clean": 0.993, "accuracy_poisoned": 0.982}
+    return Result(figures, reductions, {name: Paper(value, PAPER) for name, value in published.items()})
+
+
+def draw(context: Any, found: dict[str, np.ndarray], drops: np.ndarray) -> None:
+    """A poison beside its base and the trigger on a source image; the drop of every trial."""
+    import matplotlib.pyplot as plt
+
+    num = min(8, len(drops))
+    figure, axes = plt.subplots(4, num, figsize=(1.1 * num, 4.6), squeeze=False)
+    for row, name in zip(axes, ("base", "poison", "source", "stamped")):
+        row[0].set_ylabel(name)
+        for axis, image in zip(row, found[name]):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+    context.save_figure(figure, "images")
+
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    right = found["patched"][np.argsort(-drops, kind="stable")].mean(axis=2)
+    for place, name in enumerate(VICTIMS):
+        axis.bar(np.arange(len(drops)) + 0.2 * place - 0.3, right[:, place], 0.2, label=name)
+    axis.set(xlabel="trial", ylabel="accuracy on patched sources", ylim=(0, 1))
+    axis.legend()
+    context.save_figure(figure, "trials")

@@ -1,0 +1,104 @@
+"""The hidden-trigger benchmark's own pieces, on features in which the trigger, and collisions with it, are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import hidden_trigger
+from benchmarks._clean_label import HeadRecipe, Images, Net
+from mlsec_jax import models, threat
+
+TINY = hidden_trigger.Size(1, 4, 6, 1, 12, 6, 8, 60, 8, pairs=5, compared=1, test=10)
+CHECKERS = (np.indices((12, 12)).sum(axis=0) % 2 - 0.5).astype(np.float32)
+
+
+def features(params, x, key=None):
+    """The left half's mean, the right half's, and how much the image is a checkerboard."""
+    del params, key
+    halves = [20 * jnp.mean(half - 0.49, axis=(1, 2, 3)) for half in (x[:, :, :6], x[:, :, 6:])]
+    return jnp.stack([*halves, jnp.tensordot(x[..., 0], CHECKERS, 2)], axis=1)
+
+
+NET = Net(models.Model(lambda key, x: {}, features, features), {})
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Of even classes the left half is brighter, of odd ones the right half."""
+    rng = np.random.default_rng(0)
+
+    def make(n):
+        y = np.arange(n) % 10
+        x = rng.integers(115, 126, (n, 12, 12, 1))
+        for half, odd in ((slice(0, 6), 0), (slice(6, 12), 1)):
+            x[y % 2 == odd, :, half] += 10
+        return x.astype(np.uint8), y
+
+    return Images(*make(300), *make(100), ("noise",))
+
+
+@pytest.fixture
+def faint(monkeypatch):
+    """A trigger that the radius can imitate."""
+    trigger = threat.additive(0.04 * CHECKERS[:, :, None], radius=0.02)
+    monkeypatch.setattr(hidden_trigger, "colours", lambda key, channels: trigger)
+
+
+def rows_of(x):
+    return {bytes(np.rint(np.asarray(row) * 255).astype(np.uint8)) for row in x}
+
+
+def test_nobody_sees_a_row_twice_and_the_extractor_no_row_of_their_classes(pictures, monkeypatch):
+    task = hidden_trigger.problem(0, pictures, TINY)
+    assert len(set(task.classes.tolist())) == 4 and task.crafting.shape[:2] == (4, 12) and task.tuned.shape[:2] == (4, 8)
+    assert len({tuple(pair) for pair in task.pairs.tolist()}) == 5 and (task.pairs[:, 0] != task.pairs[:, 1]).all()
+    for k, label in enumerate(task.classes):
+        own, held_out = (rows_of(x[y == label] / 255) for x, y in (pictures[:2], pictures[2:4]))
+        crafting, tuned, test = (rows_of(x[k]) for x in (task.crafting, task.tuned, task.test))
+        assert crafting | tuned <= own and test <= held_out and len(crafting | tuned) == 20
+    given = {}
+    monkeypatch.setattr(hidden_trigger, "memo", lambda fn, name: lambda key, rows: given.update(rows._asdict()))
+    hidden_trigger.extractor(pictures, task.classes, TINY)
+    known = rows_of(pictures.x[~np.isin(pictures.y, task.classes)] / 255)
+    assert rows_of(given["x"]) <= known and sorted(given["y"].tolist()) == sorted(6 * list(range(6)))
+    assert not np.array_equal(task.classes, hidden_trigger.problem(1, pictures, TINY).classes)
+
+
+def test_the_closest_poisons_are_used_in_whole_levels_within_the_radius(pictures, faint):
+    task = hidden_trigger.problem(0, pictures, TINY)
+    trigger = hidden_trigger.colours(None, 1)
+    crafting = hidden_trigger.craft(NET, TINY, "greedy")
+    args = (jax.random.key(0), trigger, task.crafting[0], task.crafting[1], {})
+    poisons, bases, near, far = crafting(*args)
+    every = hidden_trigger.craft(NET, TINY._replace(poisons=12), "greedy")(*args)
+    levels = np.asarray(poisons) * 255
+    np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
+    assert 1 <= np.abs(np.rint(levels) - np.rint(np.asarray(bases) * 255)).max() <= 16
+    assert len(poisons) == 8 and rows_of(bases) <= rows_of(task.crafting[0]) and rows_of(poisons) <= rows_of(every[0])
+    assert float(near) < float(every[2]) < 0.1 * float(far)
+
+
+def test_victims_stand_in_the_order_of_their_names(pictures, faint, monkeypatch):
+    """Poisons and badnets teach the head the trigger; their bases and noise don't; nobody loses accuracy."""
+    monkeypatch.setattr(hidden_trigger, "HEAD", HeadRecipe(optax.sgd(0.2), 200, 8))
+    classes = np.array([0, 1, 2, 3])
+    task = hidden_trigger.problem(0, pictures, TINY)
+    stack = lambda x, y, n: jnp.stack([jnp.asarray(x[y == k][:n] / 255, jnp.float32) for k in classes])
+    crafting, tuned = jnp.split(stack(pictures.x, pictures.y, 20), [12], axis=1)
+    test = stack(pictures.x_test, pictures.y_test, 10)
+    of = lambda x: jnp.stack([features({}, each) for each in x])
+    run = jax.jit(hidden_trigger.trial(NET, TINY))
+    found = run(jax.random.key(0), jnp.array([0, 1]), {}, crafting, of(tuned), test, of(test))
+    obeys = dict(zip(hidden_trigger.VICTIMS, 1 - np.asarray(found["patched"]).mean(axis=1)))
+    assert obeys["clean"] == obeys["noise"] == 0 and obeys["hidden"] == obeys["badnets"] == 1
+    assert float(jnp.min(found["accuracy"])) == 1 and task.test.shape == (4, 10, 12, 12, 1)
+
+
+def test_a_trigger_is_of_whole_levels_at_a_place_of_its_own_for_every_image():
+    stamped = np.asarray(hidden_trigger.colours(jax.random.key(0), 3)(jax.random.key(1), jnp.full((20, 32, 32, 3), -1.0)))
+    marked = (stamped >= 0).all(axis=3)
+    assert (marked.sum(axis=(1, 2)) == hidden_trigger.SIDE**2).all() and len({bytes(one) for one in marked}) > 10
+    levels = stamped[marked] * 255
+    np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
