@@ -87,8 +87,8 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(4, 4, 150, 2, 40, 20, 30, 40, 100, pairs=2, compared=1, test=100),
-    "full": Size(16, 10, 100, 18, 30, 30, 30, 200, 70, pairs=24, compared=3, test=40),
-    "paper": Size(64, 10, 100, 60, 30, 30, 30, 5000, 70, pairs=90, compared=90, test=40),
+    "full": Size(16, 10, 100, 18, 40, 40, 30, 400, 60, pairs=24, compared=3, test=40),
+    "paper": Size(64, 10, 100, 60, 40, 40, 30, 5000, 60, pairs=90, compared=90, test=40),
 }
 
 
