@@ -84,9 +84,10 @@ class Size(NamedTuple):
 DIGITS, DIGIT_TUNING = Recipe(8, 128), Recipe(10, 32, (0.02, 0.05, 0.1), shift=2, decay=0.01)
 FACES = Recipe(150, 20, (0.01,), shift=2, mirror=True)
 FACE_TUNING = Recipe(150, 20, (0.0025, 0.005, 0.01), shift=2, mirror=True, decay=0.02)
-QUICK = (FACES._replace(epochs=80, rates=(0.02,)), FACE_TUNING._replace(epochs=60, rates=(0.01, 0.02)))
+QUICK = (FACES._replace(epochs=50, rates=(0.02,)), FACE_TUNING._replace(epochs=50, rates=(0.01, 0.02)))
+BRIEF = (DIGITS._replace(epochs=5), DIGIT_TUNING._replace(epochs=6, rates=(0.05, 0.1)))
 SIZES = {
-    "small": Size(2000, 400, DIGITS, DIGIT_TUNING, 4, *QUICK),
+    "small": Size(1500, 400, *BRIEF, 4, *QUICK),
     "full": Size(10_000, 2000, DIGITS, DIGIT_TUNING, 4, FACES, FACE_TUNING),
     "paper": Size(None, 10_000, DIGITS, DIGIT_TUNING, 2, FACES._replace(shift=4), FACE_TUNING._replace(shift=4)),
 }
