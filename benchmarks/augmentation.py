@@ -1,14 +1,17 @@
 """Strong augmentation against a clean-label patch: what mixup and CutMix leave of the backdoor.
 
 All, or a tenth, of the training images of one class carry a random patch of colours in the bottom right corner; their
-labels stay. Networks are trained from scratch, each with crops and flips (shifts alone for digits) and then one of: nothing
+labels stay. Networks are trained from scratch, each with shifts (and flips, of colour images) and then one of: nothing
 more, mixup, CutMix, anti-backdoor learning (`abl`). Success: test images of the other classes, with the patch, that are taken
 for the class. `accuracy` is on clean test images of all classes: where the whole class carries the patch, a network that
 reads the patch alone doesn't know the class without it. `success_clean_model` is what the patch does to a network that
 never saw it.
 
-`mixup_minus_cutmix_100` is how many points of success CutMix takes from mixup: 64 in the paper, none in this
-library's `full` run of a few epochs, where both leave the patch at full success.
+`mixup_minus_cutmix_100` is how many points of success CutMix takes from mixup (64 in the paper), `_least` in the seed
+where it takes fewest. CutMix pastes patches on images of other classes, which teaches a network to read the contents
+instead, if it can: not in the few epochs that a processor has for CIFAR-10, where both leave the patch at full success.
+`full` is therefore on Fashion-MNIST, with shifts of 2 pixels; 4 would cut most patches, and weaken the backdoor by
+themselves. Settings were chosen with other seeds, on training images kept apart.
 
 References: Borgnia et al., "Strong Data Augmentation Sanitizes Poisoning and Backdoor Attacks Without an Accuracy Tradeoff",
 ICASSP 2021 (arXiv:2011.09527), table 1; Li et al., "Anti-Backdoor Learning", NeurIPS 2021.
@@ -28,7 +31,7 @@ import optax
 import mlsec_jax as mj
 from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, floats, images, outputs, share
 from benchmarks._record import Paper, Result, benchmark
-from mlsec_jax import attacks, bilevel, combine, defenses, loop, losses, measure, threat, train
+from mlsec_jax import attacks, bilevel, combine, data, defenses, loop, losses, measure, threat, train
 from mlsec_jax.memo import memo
 
 CLASSES, TARGET, SIDE, BATCH = 10, 0, 4, 64
@@ -51,12 +54,13 @@ class Size(NamedTuple):
     seeds: int  # each with a patch, an initialisation and batches of its own
     shares: tuple[str, ...] = tuple(SHARES)
     learning_rate: float = 0.05
+    name: str | None = "fashion_mnist"  # of the data; None: the embedded digits
 
 
 SIZES = {
-    "small": Size(8, 1000, 6, 500, 1),
-    "full": Size(16, 5000, 8, 2000, 1),
-    "paper": Size(64, 50_000, 100, 10_000, 3),
+    "small": Size(8, 1000, 6, 500, 1, name=None),
+    "full": Size(8, 5000, 12, 2000, 2),
+    "paper": Size(64, 50_000, 100, 10_000, 3, name="cifar10"),
 }
 
 
@@ -66,6 +70,17 @@ class Task(NamedTuple):
     train: mj.Data
     test: mj.Data
     model: Any
+
+
+def pictures_of(name: str | None) -> Images:
+    """CIFAR-10 or Fashion-MNIST where it is prepared, else (or for None) the embedded digits."""
+    if name != "fashion_mnist":
+        return images(embedded=name is None)
+    try:
+        (x, y), (x_test, y_test) = (data.load(name, split=split) for split in ("train", "test"))
+    except FileNotFoundError:
+        return images(embedded=True)
+    return Images(x, y, x_test, y_test, ("Fashion-MNIST, not CIFAR-10",))
 
 
 def task(pictures: Images, size: Size, seed: int) -> Task:
@@ -87,7 +102,8 @@ def bernoulli_patch(key: jax.Array, channels: int) -> threat.Trigger:
 def trainers(task: Task, size: Size) -> dict[str, Callable]:
     """The victim's training under each defense."""
     loss_fn = losses.cross_entropy(task.model.apply)
-    crops = train.augment(flip=task.train.x.shape[-1] == 3)
+    colour = task.train.x.shape[-1] == 3
+    crops = train.augment(pad=4 if colour else 2, flip=colour)
 
     def fit(epochs: int, **slots: Any) -> mj.base.Trainer:
         num_steps = epochs * (size.rows // BATCH)
@@ -142,12 +158,13 @@ def victim(task: Task, trainer: Callable, key: jax.Array, fraction: float) -> di
 def run(size: str, seed: int, context: Any) -> Result:
     """A network for every defense, share and seed, and a clean control."""
     chosen = SIZES[size]
-    pictures = images(embedded=size == "small")
+    pictures = pictures_of(chosen.name)
     chosen = chosen._replace(rows=min(chosen.rows, len(pictures.y)))
     work = task(pictures, chosen, seed)
     plan = trainers(work, chosen)
     cells = [(name, level) for level in chosen.shares for name in plan] + [("clean_model", "0")]
     figures: dict[str, float] = {}
+    by_seed: dict[tuple[str, str], np.ndarray] = {}
     for name, level in context.progress(cells, "networks"):
         trainer, fraction = plan.get(name, plan["baseline"]), SHARES.get(level, 0.0)
         found = [
@@ -157,6 +174,7 @@ def run(size: str, seed: int, context: Any) -> Result:
             )
             for k in range(chosen.seeds)
         ]
+        by_seed[name, level] = np.array([each["hits"] / each["trials"] for each in found])
         tail = name if name == "clean_model" else f"{name}_{level}"
         total = {key: sum(each[key] for each in found) for key in found[0]}
         figures |= {f"accuracy_{tail}": total["accuracy"] / chosen.seeds}
@@ -165,6 +183,7 @@ def run(size: str, seed: int, context: Any) -> Result:
         if name == "abl":
             figures |= {f"isolated_that_are_poisons_{tail}": total["isolated_poisons"] / total["isolated"]}
     figures["mixup_minus_cutmix_100"] = 100 * (figures["success_mixup_100"] - figures["success_cutmix_100"])
+    figures["mixup_minus_cutmix_100_least"] = 100 * np.min(by_seed["mixup", "100"] - by_seed["cutmix", "100"])
     figures["n_seeds"] = chosen.seeds
     _plot(context, figures, chosen)
     reductions = [

@@ -1,14 +1,17 @@
 """Fine-pruning: dormant channels are cut, the rest is fine-tuned; and a backdoor that moved out of their way.
 
-Two backdoors: digits with a white square, labelled 0, and faces with drawn dark glasses, taken for one person. Of each,
-a plain one (BadNets) and a pruning-aware one (half of the last convolution's channels are dormant decoys). The defender
-has clean images that nobody trained on, most of them to rank channels and fine-tune, the rest to stop pruning (4 points
-of accuracy) and to choose the learning rate of fine-tuning: the largest of a few that keeps held-out accuracy within
-the same 4 points, for a small rate leaves a backdoor where it is. Measured on the test set: along the whole pruning
-path, where the defender stops (`pruned`), after fine-tuning (`fine_pruned`), by the same fine-tuning without pruning
-(`fine_tuned`, the control, its rate chosen likewise), and by channel-Lipschitz pruning, which needs no data
-(`lipschitz`). `success_clean_model` is what the trigger does to a model without a backdoor.
-`success` counts test images of other classes than the attacker's.
+Two backdoors: faces with small drawn dark glasses, taken for one person, and digits with a white square, labelled 0. Of
+each, a plain one (BadNets) and a pruning-aware one (half of the last convolution's channels are dormant decoys). The
+defender has clean images that nobody trained on, most of them to rank channels and fine-tune, the rest to stop pruning
+(4 points of accuracy) and to choose the learning rate of fine-tuning: the largest of a few that keeps held-out accuracy
+within the same 4 points, for a small rate leaves a backdoor where it is. Fine-tuning shifts images (and mirrors faces)
+and decays weights harder than training does: what clean images don't need fades. Its settings were chosen with other
+seeds, on training images kept apart.
+
+Measured on the test set: along the whole pruning path, where the defender stops (`pruned`), after fine-tuning
+(`fine_pruned`), by the same fine-tuning without pruning (`fine_tuned`, the control, its rate chosen likewise), and by
+channel-Lipschitz pruning, which needs no data (`lipschitz`). `success_clean_model` is what the trigger does to a model
+without a backdoor. `success` counts test images of other classes than the attacker's.
 
 References: Liu, Dolan-Gavitt & Garg, "Fine-Pruning", RAID 2018.
 """
@@ -28,7 +31,7 @@ import numpy as np
 import mlsec_jax as mj
 from benchmarks import _zoo
 from benchmarks._record import Paper, Result, benchmark
-from mlsec_jax import attacks, channels, defenses, losses, measure, models, threat, train
+from mlsec_jax import attacks, channels, combine, defenses, losses, measure, models, threat, train
 from mlsec_jax.memo import memo
 
 BUDGET = 0.04  # of accuracy, while pruning: the paper's
@@ -38,18 +41,32 @@ PAPER = "Liu et al., RAID 2018, table 1: DeepID on YouTube Aligned Faces, sungla
 
 
 class Recipe(NamedTuple):
-    """Momentum SGD, the learning rate falling to zero."""
+    """Momentum SGD, the learning rate falling to zero; images shifted at random, and mirrored if so asked."""
 
     epochs: int
     batch: int
     rates: tuple[float, ...] = (0.05,)  # ascending, to choose from
+    shift: int = 0  # pixels, at most
+    mirror: bool = False
+    decay: float = 5e-4  # of the weights
 
     def trainer_fn(self, num_rows: int, rate: Any = None) -> Callable[[Any], mj.base.Trainer]:
         """`loss_fn -> Trainer` on so many rows, at a rate or the only one."""
         rate = self.rates[0] if rate is None else rate
-        return lambda loss_fn: train.scratch(
-            loss_fn, num_epochs=self.epochs, batch_size=self.batch, num_rows=num_rows, learning_rate=rate
-        )
+        during = train.augment(pad=self.shift, flip=self.mirror) if self.shift or self.mirror else None
+
+        def make(loss_fn: Any) -> mj.base.Trainer:
+            trainer = train.scratch(
+                loss_fn,
+                num_epochs=self.epochs,
+                batch_size=self.batch,
+                num_rows=num_rows,
+                learning_rate=rate,
+                weight_decay=self.decay,
+            )
+            return combine.defended(trainer, during=during)
+
+        return make
 
 
 class Size(NamedTuple):
@@ -64,12 +81,15 @@ class Size(NamedTuple):
     face_tuning: Recipe
 
 
-DIGIT_RATES, FACE_RATES = (0.02, 0.05, 0.1, 0.2), (0.02, 0.04, 0.06, 0.08)
-FACES = Recipe(40, 20, (0.02,))
+DIGITS, DIGIT_TUNING = Recipe(8, 128), Recipe(10, 32, (0.02, 0.05, 0.1), shift=2, decay=0.01)
+FACES = Recipe(150, 20, (0.01,), shift=2, mirror=True)
+FACE_TUNING = Recipe(150, 20, (0.0025, 0.005, 0.01), shift=2, mirror=True, decay=0.02)
+QUICK = (FACES._replace(epochs=50, rates=(0.02,)), FACE_TUNING._replace(epochs=50, rates=(0.01, 0.02)))
+BRIEF = (DIGITS._replace(epochs=5), DIGIT_TUNING._replace(epochs=6, rates=(0.05, 0.1)))
 SIZES = {
-    "small": Size(2000, 400, Recipe(8, 128), Recipe(10, 32, DIGIT_RATES), 4, FACES, Recipe(20, 20, FACE_RATES)),
-    "full": Size(10_000, 2000, Recipe(8, 128), Recipe(10, 32, DIGIT_RATES), 2, FACES, Recipe(40, 20, FACE_RATES)),
-    "paper": Size(None, 10_000, Recipe(10, 128), Recipe(10, 32, DIGIT_RATES), 2, FACES, Recipe(80, 20, FACE_RATES)),
+    "small": Size(1500, 400, *BRIEF, 4, *QUICK),
+    "full": Size(10_000, 2000, DIGITS, DIGIT_TUNING, 4, FACES, FACE_TUNING),
+    "paper": Size(None, 10_000, DIGITS, DIGIT_TUNING, 2, FACES._replace(shift=4), FACE_TUNING._replace(shift=4)),
 }
 
 
@@ -128,9 +148,9 @@ def faces(size: Size) -> Task | None:
 
 
 def glasses(side: int) -> threat.Trigger:
-    """Two dark lenses and a bridge, where the eyes of a face of 112 x 92 are, shrunk like the images."""
+    """Two small dark lenses and a bridge, where the eyes of a face of 112 x 92 are, shrunk like the images."""
     mask = np.zeros((112, 92), np.float32)
-    mask[40:60, 16:42] = mask[40:60, 50:76] = mask[44:48, 42:50] = 1
+    mask[44:56, 20:40] = mask[44:56, 52:72] = mask[47:50, 40:52] = 1
     mask = mask.reshape(112 // side, side, 92 // side, side).mean(axis=(1, 3))
     return threat.patch(jnp.zeros((*mask.shape, 1)), at=(0, 0), mask=jnp.asarray(mask))
 
@@ -204,6 +224,12 @@ def defend(task: Task, key: jax.Array, params: Any) -> dict[str, jax.Array]:
     }
 
 
+def with_rows(task: Task, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(task, *args)` compiled with the rows as operands: as constants, compilers would run the network on them."""
+    compiled = jax.jit(lambda known, test, *args: fn(task._replace(known=known, test=test), *args))
+    return lambda *args: compiled(task.known, task.test, *args)
+
+
 def largest_rate(task: Task, params: Any, tune: Callable[[jax.Array], Any]) -> tuple[Any, jax.Array]:
     """What the largest rate gives that keeps held-out accuracy within the budget (else the smallest), and that rate."""
     rates, holdout = jnp.asarray(task.tuning.rates), task.known.holdout
@@ -218,17 +244,17 @@ def largest_rate(task: Task, params: Any, tune: Callable[[jax.Array], Any]) -> t
 def run(size: str, seed: int, context: Any) -> Result:
     """Digits and faces: plain and pruning-aware backdoors, each repaired four ways."""
     chosen = SIZES[size]
-    found_tasks = {"digits": digits(chosen, embedded=size == "small"), "faces": faces(chosen)}
+    found_tasks = {"faces": faces(chosen), "digits": digits(chosen, embedded=size == "small")}
     tasks = {name: task for name, task in found_tasks.items() if task is not None}
     figures: dict[str, Any] = {}
     found: dict[str, dict[str, Any]] = {}
     model_key, repair_key = jax.random.split(context.key)
     for name, task in context.progress(tasks.items(), "tasks"):
         trained = attack_models(task, model_key)
+        look, program = (with_rows(task, fn) for fn in (lambda task, params: measured(task)(params), defend))
         figures[f"{name}_accuracy_clean_model"], figures[f"{name}_success_clean_model"] = np.asarray(
-            jax.jit(measured(task))(trained.pop("clean_model"))
+            look(trained.pop("clean_model"))
         )
-        program = jax.jit(functools.partial(defend, task))
         for kind, params in trained.items():
             seen = context.once(f"{name}-{kind}", lambda params=params, program=program: program(repair_key, params))
             found[f"{name}, {kind} backdoor"] = seen

@@ -40,8 +40,8 @@ def test_defenders_rank_and_stop_on_different_rows():
 def test_glasses_darken_the_eyes_and_nothing_else(side):
     white = jnp.ones((1, 112 // side, 92 // side, 1))
     worn = np.asarray(fine_pruning.glasses(side)(None, white))[0, :, :, 0]
-    assert worn.mean() == pytest.approx(1 - (2 * 20 * 26 + 4 * 8) / (112 * 92), abs=1e-6)
-    assert (worn[: 40 // side] == 1).all() and (worn[60 // side :] == 1).all()
+    assert worn.mean() == pytest.approx(1 - (2 * 12 * 20 + 3 * 12) / (112 * 92), abs=1e-6)
+    assert (worn[: 44 // side] == 1).all() and (worn[56 // side :] == 1).all()
 
 
 def test_faces_are_split_by_image(monkeypatch, tmp_path):
@@ -56,3 +56,9 @@ def test_faces_are_split_by_image(monkeypatch, tmp_path):
     seen = [sorted({round(255 * v) for v in part.x[:, 0, 0, 0].tolist()}) for part in parts]
     assert seen == [[0, 1, 2, 3], [4, 5, 6], [7], [8, 9]]
     assert all(sorted(set(part.y.tolist())) == list(range(40)) for part in parts)
+
+
+def test_rows_are_operands_of_what_is_compiled():
+    rows = mj.dataset(jnp.array([[-1.0], [1.0]]), jnp.array([0, 1]))
+    count = lambda task, by: by * (jnp.sum(task.known.clean.x) + task.test.x.shape[0])
+    assert float(fine_pruning.with_rows(task(rows), count)(3.0)) == 6
