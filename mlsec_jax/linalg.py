@@ -163,7 +163,7 @@ def descend_in_hull(gram: jax.Array, num_steps: int) -> jax.Array:
     Returns:
       c `[k]`.
 
-    >>> descend_in_hull(jnp.array([[2.0, 0.0], [0.0, 6.0]]), 100).round(3).tolist()
+    >>> [round(c, 3) for c in descend_in_hull(jnp.array([[2.0, 0.0], [0.0, 6.0]]), 100).tolist()]
     [0.75, 0.25]
     """
     k = gram.shape[0]
