@@ -156,6 +156,7 @@ def test_matching_in_batches_sees_every_poison_once(x64):
     np.testing.assert_allclose(info["outer"], np.mean([matching(params, x[None], known.goal) for x in data.x[:K]]), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_matching_over_several_networks_and_with_augmentation(x64):
     params, data, known = problem()
     several = known.replace(surrogates=jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), params))

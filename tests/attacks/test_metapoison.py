@@ -132,6 +132,7 @@ def test_gradient_is_that_of_the_unrolled_steps(x64, problem):
         np.testing.assert_allclose(ours[0], theirs, rtol=1e-9, atol=1e-12)  # the surrogate advances on clean data
 
 
+@pytest.mark.slow
 def test_vmap_over_surrogates_is_the_map_and_zero_budget_is_the_input(problem, crafted):
     train, rows, goal_of = problem
 

@@ -97,6 +97,7 @@ def test_a_warm_start_saves_steps_and_a_bad_one_does_no_harm():
         np.testing.assert_allclose(trained["w"], cold["w"], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_weight_zero_equals_absence_and_vmap_is_a_loop():
     data = problem(False)
     keep = np.flatnonzero(np.asarray(data.weight))
