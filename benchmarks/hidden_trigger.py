@@ -37,6 +37,7 @@ from benchmarks._clean_label import (
     fine_tuning,
     floats,
     images,
+    outputs,
     share,
     trials,
 )
@@ -149,11 +150,6 @@ def colours(key: jax.Array, channels: int) -> threat.Trigger:
     return threat.patch(eight_bits(jax.image.resize(grid, (SIDE, SIDE, channels), "bilinear")), at=None)
 
 
-def seen(net: Net, params: Any, x: jax.Array) -> jax.Array:
-    """Features in evaluation mode, 100 rows at a time, within a compiled program: `[n, d]`."""
-    return jax.lax.map(lambda row: net.model.features(params, row[None])[0], x, batch_size=min(100, len(x)))
-
-
 def craft(net: Net, size: Size, pairing: str) -> Callable:
     """`(key, trigger, bases [crafted], sources [crafted], params) -> (poisons [poisons], bases, distances, at the start)`.
 
@@ -198,11 +194,11 @@ def trial(net: Net, size: Size, pairing: str = "greedy") -> Callable:
         signs = jax.random.rademacher(noise_key, bases.shape, bases.dtype)
         noisy = eight_bits(jnp.clip(bases + RADIUS * signs, 0, 1))
         stamped = trigger(place_keys[0], crafting[source][: size.poisons])
-        patched = seen(net, params, trigger(place_keys[1], test_x[source]))
+        patched = outputs(net.model.features, params, trigger(place_keys[1], test_x[source]))
         head = {"head": {"w": 1e-3 * jax.random.normal(head_key, (tuned.shape[-1], 2)), "b": jnp.zeros(2)}}
 
         def victim(added: jax.Array) -> dict[str, jax.Array]:
-            rows = jnp.concatenate([seen(net, params, added), tuned[source], tuned[target]])
+            rows = jnp.concatenate([outputs(net.model.features, params, added), tuned[source], tuned[target]])
             fitted, info = trainer(train_key, head, mj.dataset(rows, labels))
             said = lambda x: jnp.argmax(LINEAR.apply(fitted, x), axis=1)
             right = jnp.concatenate([said(test[source]) == 0, said(test[target]) == 1])
