@@ -1,17 +1,24 @@
 """What every test runs under: strict promotion of dtypes and ranks; warnings are errors (pyproject).
 
 Most of the suite's time is LLVM's, so programs are compiled without its expensive passes, except in modules marked
-`optimised`, which measure time or memory. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs everything as users do. What a module
-compiled is kept on disk for the next ones of the same process (of no other: JAX does not write entries atomically).
+`optimised`, which measure time or memory, and everywhere by XLA's former code generator for fusions, which halves the time.
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs everything as users do. What a module compiled is kept on disk for the next ones
+of the same process (of no other: JAX does not write entries atomically).
 """
 
 import os
 import tempfile
 
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # processes that tests start inherit it
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+
+QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+FORMER = "--xla_cpu_use_fusion_emitters=false"
+if QUICK and jax.__version__.startswith("0.10."):  # read at the first compilation; a release that lacks it would abort
+    os.environ["XLA_FLAGS"] = " ".join({*os.environ.get("XLA_FLAGS", "").split(), FORMER})
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -27,9 +34,6 @@ def x64():
     """Float64 inside this test."""
     with jax.enable_x64(True):
         yield
-
-
-QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 
 
 @pytest.fixture(autouse=True, scope="module")

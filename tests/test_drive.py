@@ -21,8 +21,6 @@ from mlsec_jax import drive as driver
 from mlsec_jax.base import Algorithm, Known
 from mlsec_jax.drive import drive
 
-pytestmark = pytest.mark.optimised  # its bits are compared with those of other processes
-
 SUBJECT = jax.random.normal(jax.random.key(5), (20, 4))
 KNOWN = Known(goal=jnp.sin(jnp.arange(20.0)))
 KILLED = dict(num_steps=160, chunk=4, save_seconds=0.0)

@@ -17,8 +17,6 @@ from mlsec_jax.base import Algorithm, Data, Known
 from mlsec_jax.drive import drive
 from mlsec_jax.parallel import chunked, gather, shard_batch, spread
 
-pytestmark = pytest.mark.optimised  # its bits are compared with those of other processes
-
 # NumPy, because no JAX call may come before `jax.distributed.initialize`.
 DATA = Data(
     x=np.sin(np.arange(60, dtype=np.float32)).reshape(12, 5),
@@ -116,7 +114,7 @@ def load(path):
 def launch(out, devices, port=None, rank=None):
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(Path(parallel.__file__).parent.parent),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",

@@ -84,6 +84,7 @@ def test_fine_tuning_rows_are_the_first_of_each_class():
     assert sorted(rows[labels[rows] == 3]) == [3, 13, 23, *range(33, 103, 10)]
 
 
+@pytest.mark.slow
 def test_published_setups_agree_with_the_labels():
     try:
         setups = data.poison_setups("transfer_learning")

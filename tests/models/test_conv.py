@@ -153,7 +153,7 @@ def test_shardings_of_the_batch_and_shard_map():
     """
     root = Path(__file__).parents[2]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
     }
