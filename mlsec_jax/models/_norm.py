@@ -39,11 +39,18 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> 
     return centred * factor + bias[None, None, None]
 
 
-def conv_norm_leaves(side: int, fan_in: int, size: int) -> dict:
-    """A convolution and its normalisation: `{"w": [side, side, fan_in, size], "b": [size], "scale": [size]}`."""
-    return _model.conv_leaves(side, fan_in, size) | {"scale": _model.Leaf((size,), fill=1.0)}
+def conv_norm_leaves(side: int, fan_in: int, size: int, groups: int | None = 1) -> dict:
+    """A convolution and its normalisation: `{"w": [side, side, fan_in, size], "b": [size], "scale": [size]}`.
+
+    Without normalisation (`groups=None`) there is no scale.
+    """
+    leaves = _model.conv_leaves(side, fan_in, size)
+    return leaves if groups is None else leaves | {"scale": _model.Leaf((size,), fill=1.0)}
 
 
-def conv_norm(params: Params, x: jax.Array, groups: int, stride: int = 1) -> jax.Array:
-    """The convolution, without a bias of its own, and its normalisation."""
-    return group_norm(conv(x, params["w"], stride=stride), params["scale"], params["b"], groups)
+def conv_norm(params: Params, x: jax.Array, groups: int | None, stride: int = 1) -> jax.Array:
+    """The convolution and its normalisation, which brings the bias; `groups=None` for the bias alone."""
+    out = conv(x, params["w"], stride=stride)
+    if groups is None:
+        return out + params["b"][None, None, None]
+    return group_norm(out, params["scale"], params["b"], groups)

@@ -90,6 +90,24 @@ def test_parameter_counts_are_those_of_the_published_networks():
     assert count(models.alexnet(width=64)) == 75 * 64 + 1600 * 64 + 4 * 64 + dense
 
 
+def test_without_normalisation_a_place_sees_its_surroundings_alone():
+    x = jax.random.uniform(KEY, (1, 16, 16, 1))
+    changed = [int(np.sum(np.any(maps[0][0] != maps[1][0], axis=2))) for maps in (both(x, None), both(x, 2))]
+    assert changed == [4, 16]  # pixel 7 reaches 6 to 8, pooled 3 and 4, then 2 to 5, pooled 1 and 2; everything
+    model = models.convnet(width=4, sizes=(1, 2), pooled=(0, 1), groups=None, averaged=True)
+    params = model.init(KEY, x)
+    assert params["conv0"].keys() == {"w", "b"} and params["head"]["w"].shape == (8, 10)
+    maps, features = model.layers(params, x)[1:]
+    np.testing.assert_allclose(features, np.mean(maps, axis=(1, 2)), rtol=1e-6)
+
+
+def both(x, groups):
+    """The last maps of an image and of the same with another pixel in its middle."""
+    model = models.convnet(width=4, sizes=(1, 2), pooled=(0, 1), groups=groups, averaged=True, activation_fn=jnp.tanh)
+    params = model.init(KEY, x)
+    return [model.layers(params, each)[1] for each in (x, x.at[:, 7, 7].add(1))]
+
+
 def test_an_ensemble_of_several_layers_is_each_member_by_itself():
     nets = [MAKE["resnet"](num_classes=3, groups=2, block_dropout=0.2), MAKE["convnet"](num_classes=3, groups=2)]
     x = jax.random.uniform(KEY, (2, 8, 8, 3))
