@@ -42,13 +42,7 @@ class Recipe(NamedTuple):
 
 
 def pretrain(
-    key: Key,
-    model: Any,
-    train: Data,
-    recipe: Recipe,
-    *,
-    also: loop.BatchTransform | None = None,
-    mesh: Mesh | None = None,
+    key: Key, model: Any, train: Data, recipe: Recipe, *, mesh: Mesh | None = None
 ) -> tuple[Params, Info]:
     """Trains a network from scratch on images, by a recipe.
 
@@ -60,7 +54,6 @@ def pretrain(
       model: a network of `mlsec_jax.models` (anything with `init` and `apply`).
       train: images `[n, h, w, c]` in the units that the network takes, labels integer `[n]` or soft `[n, c]`.
       recipe: the `Recipe`.
-      also: what else happens to a batch, after its shifts and flips, with a key of its own: `defenses.cutout(...)`.
       mesh: spreads the rows of each batch over the devices of a mesh of one axis, whose number must divide
         `batch_size`; the data and parameters are copied to each. None: one device.
 
@@ -85,10 +78,7 @@ def pretrain(
         if mesh is not None:
             rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             batch = jax.lax.with_sharding_constraint(batch, rows)
-        if also is None:
-            return transform(key, batch)
-        first, second = jax.random.split(key)
-        return also(second, transform(first, batch))
+        return transform(key, batch)
 
     init_key, train_key = jax.random.split(key)
     params = model.init(init_key, train.x[:1])

@@ -91,14 +91,6 @@ def test_the_recipe_learns_and_is_the_sgd_that_it_says():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, w)
 
 
-def test_another_transform_comes_after_the_recipes_own():
-    data, plain = stripes(16), models.softmax_regression(num_classes=2)
-    still = train.Recipe(num_epochs=2, batch_size=8, pad=0, flip=False)
-    doubled, _ = train.pretrain(KEY, plain, data._replace(x=2 * data.x), still)
-    inside, _ = train.pretrain(KEY, plain, data, still, also=lambda key, batch: batch._replace(x=2 * batch.x))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), inside, doubled)
-
-
 @pytest.mark.slow
 def test_weights_bfloat16_and_seeds():
     data = stripes(16)
