@@ -23,7 +23,8 @@ def februus(
 
     Threat: changes - test inputs; sees - the (backdoored) model, `known.params`, and with a learned fill unlabelled clean
     images; budget - the pixels of heat `tau` or more; assumes - the trigger is small and is what the network looks at: not
-    one blended over the image, nor several.
+    one blended over the image, nor several; and the network's places are separate, so that the heat points to it: with group
+    norm, or where a place sees most of the image, it doesn't.
 
     Args:
       heat_fn: `(params, x) -> (heat [n, h, w] in [0, 1], {"logits": [n, c], ...})`, `grad_cam(split_at(model))`.
