@@ -53,6 +53,7 @@ def run(
     out: Out = Path("runs"),
     device: Annotated[Device | None, typer.Option(help="Default: what JAX prefers here.")] = None,
     devices: Annotated[int | None, typer.Option(help="Host devices the CPU is split into.", min=1)] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Networks in bfloat16: clean-label benchmarks, accelerators.")] = False,
 ) -> None:
     """Run benchmarks; write a record and plots for each, and show its figures beside the paper's."""
     with _usage_errors():
@@ -65,7 +66,7 @@ def run(
         started: float | None = STARTED
         for name in names:
             Console(stderr=True).print(f"{name} ({size}, seed {seed}) on {card}", highlight=False, soft_wrap=True)
-            record = _run.run(name, size=str(size), seed=seed, out=out, device=card, started=started)
+            record = _run.run(name, size=str(size), seed=seed, out=out, device=card, started=started, bfloat16=bf16)
             started = None
             show(record, Console())
 

@@ -112,12 +112,21 @@ ARCHITECTURES: dict[str, Callable[..., models.Model]] = {
 
 
 def pretrained(
-    key: jax.Array, name: str, x: np.ndarray, y: np.ndarray, *, num_epochs: int, width: int = 16, **options: Any
+    key: jax.Array,
+    name: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    num_epochs: int,
+    width: int = 16,
+    bfloat16: bool = False,
+    **options: Any,
 ) -> Net:
     """A network of `ARCHITECTURES`, trained from the key or read from the user's cache; inputs in [0, 1]."""
     mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
     colour = {"mean": mean, "std": std} if x.shape[-1] == 3 else {}
     model = ARCHITECTURES[name](width=width, num_classes=10, **colour, **options)
+    model = models.in_bfloat16(model) if bfloat16 else model
     recipe = train.Recipe(num_epochs=num_epochs, flip=x.shape[-1] == 3)
     rows = mj.dataset(floats(x), jnp.asarray(y, jnp.int32))
     fit = memo(lambda k, rows: train.pretrain(k, model, rows, recipe)[0], name=f"benchmark-{name}{width}")

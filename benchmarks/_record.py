@@ -48,21 +48,22 @@ class Result:
 
 
 class Benchmark(NamedTuple):
-    """A registered benchmark: `run(size, seed, context) -> Result`."""
+    """A registered benchmark: `run(size, seed, context) -> Result`; whether it heeds `context.bfloat16`."""
 
     name: str
     run: Callable[[str, int, Any], Result]
+    bfloat16: bool = False
 
 
 _registered: dict[str, Benchmark] = {}
 
 
-def benchmark(run: Callable | None = None, *, name: str | None = None) -> Any:
+def benchmark(run: Callable | None = None, *, name: str | None = None, bfloat16: bool = False) -> Any:
     """Registers `run(size, seed, context) -> Result` under its file's name, or another."""
     if run is None:
-        return lambda function: benchmark(function, name=name)
+        return lambda function: benchmark(function, name=name, bfloat16=bfloat16)
     name = name or run.__module__.rpartition(".")[2]
-    _registered[name] = Benchmark(name, run)
+    _registered[name] = Benchmark(name, run, bfloat16)
     return run
 
 

@@ -30,11 +30,21 @@ class Context:
       seed: the run's.
       key: the run's key, made from the seed.
       out: the folder of the record, for what `save_figure` does not cover.
+      bfloat16: whether networks compute in bfloat16.
       restored_seconds: what the items taken over from an interrupted run took there.
     """
 
-    def __init__(self, name: str, size: str, seed: int, out: Path, fingerprint: str, console: Console | None = None):
-        self.name, self.size, self.seed, self.out = name, size, seed, out
+    def __init__(
+        self,
+        name: str,
+        size: str,
+        seed: int,
+        out: Path,
+        fingerprint: str,
+        console: Console | None = None,
+        bfloat16: bool = False,
+    ):
+        self.name, self.size, self.seed, self.out, self.bfloat16 = name, size, seed, out, bfloat16
         self.key = jax.random.key(seed)
         self.restored_seconds = 0.0
         self._parts = out / f"{name}.parts" / f"{size}-{seed}-{fingerprint}"
@@ -107,6 +117,7 @@ def run(
     device: str,
     console: Console | None = None,
     started: float | None = None,
+    bfloat16: bool = False,
 ) -> dict[str, Any]:
     """Runs a benchmark and writes its record and plots.
 
@@ -118,6 +129,7 @@ def run(
       device: the device's name, for the record.
       console: for what is said meanwhile; None for standard error.
       started: `time.perf_counter()` when the command began; None for now.
+      bfloat16: compute networks in bfloat16, which not every benchmark can; the record says so with the device.
 
     Returns:
       The record. `seconds` is the benchmark's own time, `seconds_starting` what came before it (imports, the device),
@@ -126,7 +138,11 @@ def run(
     started = time.perf_counter() if started is None else started
     entry = _record.find(name)
     _record.writable(out)
-    context = Context(name, size, seed, out, _machine.fingerprint(device), console)
+    if bfloat16:
+        if not entry.bfloat16:
+            raise _record.UsageError(f"--bf16: {name} computes in float32 or float64 only.")
+        device = f"{device}, networks in bfloat16"
+    context = Context(name, size, seed, out, _machine.fingerprint(device), console, bfloat16)
     start = time.perf_counter()
     with _machine.compiling() as seconds_compiling:
         result = entry.run(size, seed, context)

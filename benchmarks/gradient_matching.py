@@ -175,7 +175,7 @@ def judge(size: Size, model: models.Model, colour: bool) -> Callable:
     return run
 
 
-@benchmark
+@benchmark(bfloat16=True)
 def run(size: str, seed: int, context: Any) -> Result:
     """Trains the surrogate, crafts for every target, trains the victims."""
     pictures, chosen = images(embedded=size == "small"), SIZES[size]
@@ -184,7 +184,9 @@ def run(size: str, seed: int, context: Any) -> Result:
     rows = training_rows(pictures, chosen)
     x, y = pictures.x[rows], pictures.y[rows]
     nets = [
-        pretrained(key, chosen.name, x, y, num_epochs=chosen.epochs, width=chosen.width)
+        pretrained(
+            key, chosen.name, x, y, num_epochs=chosen.epochs, width=chosen.width, bfloat16=context.bfloat16
+        )
         for key in jax.random.split(surrogate_key, chosen.surrogates)
     ]
     net, surrogates = nets[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *[each.params for each in nets])

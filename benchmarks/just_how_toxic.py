@@ -118,19 +118,28 @@ def labels_of_targets(key: jax.Array, given: Seen, poison: jax.Array) -> np.ndar
 
 
 def nets(
-    key: jax.Array, images: shared.Images, chosen: Size, which: Sequence[tuple[str, int]] = (WHITE, *BLACK)
+    key: jax.Array,
+    images: shared.Images,
+    chosen: Size,
+    which: Sequence[tuple[str, int]] = (WHITE, *BLACK),
+    bfloat16: bool = False,
 ) -> dict[tuple[str, int], shared.Net]:
     """The pre-trained extractors."""
     rows = shared.pretraining_rows(images.y, chosen.per_class)
     return {
         (name, k): shared.pretrained(
-            jax.random.fold_in(key, k), name, images.x[rows], images.y[rows], num_epochs=chosen.num_epochs
+            jax.random.fold_in(key, k),
+            name,
+            images.x[rows],
+            images.y[rows],
+            num_epochs=chosen.num_epochs,
+            bfloat16=bfloat16,
         )
         for name, k in which
     }
 
 
-@benchmark
+@benchmark(bfloat16=True)
 def run(size: str, seed: int, context: Any) -> Result:
     """Crafts for every set-up in the white-box network, and judges there and in the others."""
     chosen = SIZES[size]
@@ -138,7 +147,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     trials = setups(images, chosen.setups)
     num_rows = 2500 if len(images.y) == 50_000 else 1000
     net_key, craft_key, victim_key = jax.random.split(context.key, 3)
-    victims = nets(net_key, images, chosen)
+    victims = nets(net_key, images, chosen, bfloat16=context.bfloat16)
     bases = shared.floats(np.stack([images.x[trial.base_indices] for trial in trials]))
     targets = shared.floats(np.stack([images.x_test[trial.target_index] for trial in trials]))
     wanted = np.asarray([trial.base_class for trial in trials])

@@ -181,14 +181,15 @@ def counted(found: dict[str, np.ndarray], order: np.ndarray, targets: int) -> tu
     return {name: value[kept] for name, value in found.items()}, int(order[kept[-1]] + 1 - kept.size)
 
 
-@benchmark
+@benchmark(bfloat16=True)
 def run(size: str, seed: int, context: Any) -> Result:
     """Pre-trains both networks, then attacks heads by one poison and whole networks by one and by many."""
     pictures, chosen = images(embedded=size == "small"), SIZES[size]
     head_key, whole_key = jax.random.split(context.key)
     x, y = pictures.x[: 10 * chosen.pretrain], pictures.y[: 10 * chosen.pretrain]
     others = ~np.isin(y, (TARGET, BASE))
-    fit = lambda x, y: pretrained(jax.random.key(0), "convnet", x, y, num_epochs=chosen.epochs, width=chosen.width)
+    options: dict[str, Any] = {"num_epochs": chosen.epochs, "width": chosen.width, "bfloat16": context.bfloat16}
+    fit = lambda x, y: pretrained(jax.random.key(0), "convnet", x, y, **options)
 
     net = fit(x[others], y[others])
     task = problem(seed, pictures, net, chosen, 1)

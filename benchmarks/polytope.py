@@ -143,7 +143,7 @@ def pooled(found: Mapping[str, np.ndarray], clean: Mapping[str, np.ndarray]) -> 
     return (labels == BASE_CLASS) & valid, valid
 
 
-@benchmark
+@benchmark(bfloat16=True)
 def run(size: str, seed: int, context: Any) -> Result:
     """Pre-trains, crafts with each attack, and judges in every victim."""
     chosen = SIZES[size]
@@ -154,8 +154,10 @@ def run(size: str, seed: int, context: Any) -> Result:
     net_key, craft_key, victim_key = jax.random.split(context.key, 3)
     nets: dict[tuple[str, int], shared.Net] = {}
     for name, k in context.progress([net for box in boxes.values() for net in box], "networks"):
-        rate: dict[str, Any] = {"block_dropout": 0.2} if (name, k) in chosen.surrogates else {}
-        nets[name, k] = shared.pretrained(jax.random.fold_in(net_key, k), name, x, y, num_epochs=chosen.num_epochs, **rate)
+        options: dict[str, Any] = {"num_epochs": chosen.num_epochs, "bfloat16": context.bfloat16}
+        if (name, k) in chosen.surrogates:
+            options["block_dropout"] = 0.2
+        nets[name, k] = shared.pretrained(jax.random.fold_in(net_key, k), name, x, y, **options)
     surrogates = [nets[each] for each in chosen.surrogates]
     figures: dict[str, Any] = {"n_targets": chosen.targets, "n_targets_end2end": chosen.end2end_targets}
     rows = slice(0, 2000)

@@ -2,6 +2,7 @@
 
 from mlsec_jax.models import adapt
 from mlsec_jax.models._alexnet import alexnet
+from mlsec_jax.models._bfloat16 import in_bfloat16
 from mlsec_jax.models._conv import conv
 from mlsec_jax.models._convnet import convnet
 from mlsec_jax.models._dense import linear, logistic_regression, mlp, softmax_regression
@@ -25,6 +26,7 @@ __all__ = [
     "depthwise",
     "ensemble",
     "global_avg_pool",
+    "in_bfloat16",
     "inpainter",
     "lenet",
     "linear",

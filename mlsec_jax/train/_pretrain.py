@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -26,8 +25,6 @@ class Recipe(NamedTuple):
       warmup: the fraction of the steps in which the learning rate rises.
       pad: the largest shift of the augmentation, in pixels.
       flip: whether it mirrors.
-      bfloat16: whether to compute in bfloat16; parameters and logits stay as they are. For accelerators: it is slower
-        than float32 on CPU.
     """
 
     num_epochs: int = 10
@@ -38,7 +35,6 @@ class Recipe(NamedTuple):
     warmup: float = 0.2
     pad: int = 4
     flip: bool = True
-    bfloat16: bool = False
 
 
 def pretrain(
@@ -51,7 +47,7 @@ def pretrain(
 
     Args:
       key: draws the initial parameters, the batches, the augmentation and the dropout.
-      model: a network of `mlsec_jax.models` (anything with `init` and `apply`).
+      model: a network of `mlsec_jax.models` (anything with `init` and `apply`); `models.in_bfloat16` of it on accelerators.
       train: images `[n, h, w, c]` in the units that the network takes, labels integer `[n]` or soft `[n, c]`.
       recipe: the `Recipe`.
       mesh: spreads the rows of each batch over the devices of a mesh of one axis, whose number must divide
@@ -66,8 +62,7 @@ def pretrain(
     checks.between("recipe.warmup", recipe.warmup, 0, 1)
     if mesh is not None and recipe.batch_size % mesh.size:
         raise ValueError(f"recipe.batch_size: expected a multiple of {mesh.size} devices, got {recipe.batch_size}.")
-    apply_fn = _in_bfloat16(model.apply) if recipe.bfloat16 else model.apply
-    loss_fn = losses.cross_entropy(apply_fn)
+    loss_fn = losses.cross_entropy(model.apply)
     num_steps = recipe.num_epochs * (train.num_rows // recipe.batch_size)
     rising = int(recipe.warmup * num_steps)
     rate = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, rising, max(num_steps, rising + 1))
@@ -90,13 +85,3 @@ def pretrain(
     one = lambda row: loss_fn(params, jax.tree.map(lambda leaf: leaf[None], row))[0]
     each = jax.lax.map(one, losses.present(train), batch_size=recipe.batch_size)
     return params, {"loss": losses.weighted_mean(each, train.weight)}
-
-
-def _in_bfloat16(apply_fn: Any) -> Any:
-    """The network computed in bfloat16; the logits come in the parameters' dtype."""
-
-    def apply(params: Params, x: jax.Array, key: Key | None = None) -> jax.Array:
-        half = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
-        return apply_fn(half(params), half(x), key).astype(x.dtype)
-
-    return apply

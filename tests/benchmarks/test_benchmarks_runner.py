@@ -160,6 +160,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(fake, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["fake.json"]
 
 
+def test_networks_in_bfloat16_only_where_the_benchmark_heeds_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(_record, "_registered", {})
+    seen = lambda size, seed, context: Result({"half": int(context.bfloat16)})
+    _record.benchmark(seen, name="fake")
+    half = lambda: _run.run("fake", size="small", seed=0, out=tmp_path, device=DEVICE, bfloat16=True)
+    with pytest.raises(UsageError, match="fake computes in float32"):
+        half()
+    _record.benchmark(seen, name="fake", bfloat16=True)
+    assert half()["device"] == f"{DEVICE}, networks in bfloat16" and half()["figures"] == {"half": 1}
+    assert run(tmp_path)["figures"] == {"half": 0}
+
+
 def test_items_of_other_code_are_not_taken_over(fake, tmp_path, monkeypatch):
     computed = []
 

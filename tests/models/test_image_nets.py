@@ -1,6 +1,7 @@
 """The networks for 32x32 images: sizes, layers, dropout, gradients, ensembles; the depthwise convolution."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -217,3 +218,26 @@ def test_depthwise_lowers_for_accelerators_to_the_same_values(platform):
 def test_wrong_arguments_are_named(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+def test_bfloat16_is_inside_only():
+    """Outputs, layers and gradients keep float32 and come near the plain network's; dropout draws the same entries."""
+    net = MAKE["convnet"](num_classes=3, groups=2, dropout=0.3)
+    half = models.in_bfloat16(net)
+    x = jax.random.uniform(KEY, (2, 8, 8, 3))
+    params = half.init(KEY, x)
+
+    @jax.jit
+    def seen(params, x):
+        both = []
+        for model in (net, half):
+            loss = lambda params, x, model=model: jnp.sum(jnp.square(model.apply(params, x, KEY)))
+            both.append((model.layers(params, x), model.features(params, x, KEY), jax.grad(loss, (0, 1))(params, x)))
+        return both
+
+    plain, rounded = seen(params, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype("float32")}
+    vectors = lambda seen: [*jax.tree.leaves(seen[:2]), jax.flatten_util.ravel_pytree(seen[2])[0]]  # all gradients as one
+    gaps = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) for a, b in zip(vectors(plain), vectors(rounded))]
+    assert 0 < max(gaps[:-1]) < 0.02 and gaps[-1] < 0.15, gaps
+    assert models.in_bfloat16(models.Model(None, net.apply, net.features)).layers(params, x)[0].shape == (2, 32)

@@ -101,7 +101,7 @@ def test_weights_bfloat16_and_seeds():
     (first, info), (second, _) = run(KEY, broken), run(KEY, other)
     assert np.isfinite(info["loss"])
     jax.tree.map(np.testing.assert_array_equal, first, second)  # a row of weight 0 is absent
-    half, _ = train.pretrain(KEY, MODEL, data, short._replace(bfloat16=True))
+    half, _ = train.pretrain(KEY, models.in_bfloat16(MODEL), data, short)
     full, _ = run(KEY, data)
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("float32")}
     near = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), half, full)
