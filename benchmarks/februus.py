@@ -31,7 +31,7 @@ from mlsec_jax.memo import memo
 
 TARGET = 7
 PLACE = 24  # of the trigger's first pixel, in both directions
-TAU = 0.6
+TAU = 0.75
 PAPER = "Doan et al., ACSAC 2020, CIFAR-10 (as the lecture quotes it)"
 
 
@@ -50,8 +50,8 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(8, 1000, 6, 4, 500, 2, 100, (TAU,)),
-    "full": Size(16, 15_000, 12, 16, 6000, 4, 1000, (0.5, TAU, 0.7, 0.8, 0.9)),
-    "paper": Size(64, 40_000, 30, 64, 10_000, 50, 10_000, (0.5, TAU, 0.7, 0.8, 0.9)),
+    "full": Size(16, 15_000, 12, 16, 6000, 4, 1000, (0.6, 0.7, TAU, 0.8, 0.9)),
+    "paper": Size(16, 38_000, 30, 32, 10_000, 30, 10_000, (0.6, 0.7, TAU, 0.8, 0.9)),
 }
 
 
