@@ -7,7 +7,8 @@ Three pairs of classes with the paper's three kinds of trigger, each at ε = 5 %
 
 Keys end in `_TARGET_EPSILON`: `nat` is accuracy on the test set, `pois` the share of stamped test images of the source
 class that are taken for the target, before and after. A cat is taken for a dog without a trigger, too: `caused` is the
-share among those images that the same network does not take for the target without the trigger. `left` the poisons that survive. `false_removal` is the share of
+share among those images that the same network does not take for the target without the trigger. `left` are the poisons
+that survive. `false_removal` is the share of
 clean rows that go too, and `left_random` what removing as many rows at random would leave: the control.
 
 References: Tran, Li & Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS 2018, table 1.
@@ -45,7 +46,7 @@ class Size(NamedTuple):
 SIZES = {
     "small": Size(4, 200, 4, 64, 500, 1),
     "full": Size(16, 2500, 8, 64, 10_000, 6),
-    "paper": Size(32, 5000, 40, 128, 10_000, 6),
+    "paper": Size(32, 5000, 30, 128, 10_000, 6),
 }
 
 
