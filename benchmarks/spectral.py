@@ -8,8 +8,8 @@ Three pairs of classes with the paper's three kinds of trigger, each at ε = 5 %
 Keys end in `_TARGET_EPSILON`: `nat` is accuracy on the test set, `pois` the share of stamped test images of the source
 class that are taken for the target, before and after. A cat is taken for a dog without a trigger, too: `caused` is the
 share among those images that the same network does not take for the target without the trigger. `left` are the poisons
-that survive. `false_removal` is the share of
-clean rows that go too, and `left_random` what removing as many rows at random would leave: the control.
+that survive; `false_removal` is the share of clean rows that go too, and `left_random` what removing as many rows at
+random would leave: the control.
 
 References: Tran, Li & Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS 2018, table 1.
 """

@@ -10,7 +10,7 @@ from benchmarks import hidden_trigger
 from benchmarks._clean_label import HeadRecipe, Images, Net
 from mlsec_jax import models, threat
 
-TINY = hidden_trigger.Size(1, 4, 6, 1, 12, 6, 8, 60, 8, pairs=5, compared=1, test=10)
+TINY = hidden_trigger.Size(1, 6, 1, 12, 6, 8, 60, 8, pairs=5, compared=1, test=10)
 CHECKERS = (np.indices((12, 12)).sum(axis=0) % 2 - 0.5).astype(np.float32)
 
 
@@ -50,20 +50,32 @@ def rows_of(x):
     return {bytes(np.rint(np.asarray(row) * 255).astype(np.uint8)) for row in x}
 
 
-def test_nobody_sees_a_row_twice_and_the_extractor_no_row_of_their_classes(pictures, monkeypatch):
+def test_nobody_sees_a_row_twice(pictures):
     task = hidden_trigger.problem(0, pictures, TINY)
-    assert len(set(task.classes.tolist())) == 4 and task.crafting.shape[:2] == (4, 12) and task.tuned.shape[:2] == (4, 8)
+    assert task.crafting.shape[:2] == (10, 12) and task.tuned.shape[:2] == (10, 8)
     assert len({tuple(pair) for pair in task.pairs.tolist()}) == 5 and (task.pairs[:, 0] != task.pairs[:, 1]).all()
-    for k, label in enumerate(task.classes):
-        own, held_out = (rows_of(x[y == label] / 255) for x, y in (pictures[:2], pictures[2:4]))
-        crafting, tuned, test = (rows_of(x[k]) for x in (task.crafting, task.tuned, task.test))
-        assert crafting | tuned <= own and test <= held_out and len(crafting | tuned) == 20
-    given = {}
-    monkeypatch.setattr(hidden_trigger, "memo", lambda fn, name: lambda key, rows: given.update(rows._asdict()))
-    hidden_trigger.extractor(pictures, task.classes, TINY)
-    known = rows_of(pictures.x[~np.isin(pictures.y, task.classes)] / 255)
-    assert rows_of(given["x"]) <= known and sorted(given["y"].tolist()) == sorted(6 * list(range(6)))
-    assert not np.array_equal(task.classes, hidden_trigger.problem(1, pictures, TINY).classes)
+    trained_on = hidden_trigger.pretraining(pictures, TINY)
+    assert sorted(pictures.y[trained_on].tolist()) == sorted(6 * list(range(10)))
+    rest = np.setdiff1d(np.arange(300), trained_on)
+    for label in range(10):
+        own, held_out = rest[pictures.y[rest] == label], pictures.y_test == label
+        crafting, tuned, test = (rows_of(x[label]) for x in (task.crafting, task.tuned, task.test))
+        assert crafting | tuned <= rows_of(pictures.x[own] / 255) and len(crafting | tuned) == 20
+        assert test <= rows_of(pictures.x_test[held_out] / 255)
+    assert not np.array_equal(task.pairs, hidden_trigger.problem(1, pictures, TINY).pairs)
+
+
+def test_features_are_every_blocks_maxima_and_means_standardised(pictures, monkeypatch):
+    blocks = lambda params, x, key=None: (params * x, jnp.pad(x[:, ::2, ::2], [(0, 0)] * 3 + [(0, 1)]), jnp.zeros((len(x), 1)))
+    net = Net(models.Model(None, None, None, blocks), jnp.float32(3))
+    monkeypatch.setattr(hidden_trigger, "pretrained", lambda *args, **options: net)
+    found = hidden_trigger.extractor(pictures, TINY)
+    x = jnp.asarray(pictures.x[hidden_trigger.pretraining(pictures, TINY)] / 255, jnp.float32)
+    y = np.asarray(found.model.features(found.params, x))
+    pool = lambda block: [np.asarray(block).max(axis=(1, 2)), np.asarray(block).mean(axis=(1, 2))]
+    raw = np.concatenate([part for block in blocks(3, x)[:2] for part in pool(block)], axis=1)
+    expected = (raw - raw.mean(axis=0)) / np.maximum(raw.std(axis=0), 0.02)  # a dead channel stays finite
+    np.testing.assert_allclose(y, expected, atol=1e-3)
 
 
 def test_the_closest_poisons_are_used_in_whole_levels_within_the_radius(pictures, faint):
@@ -93,7 +105,7 @@ def test_victims_stand_in_the_order_of_their_names(pictures, faint, monkeypatch)
     found = run(jax.random.key(0), jnp.array([0, 1]), {}, crafting, of(tuned), test, of(test))
     obeys = dict(zip(hidden_trigger.VICTIMS, 1 - np.asarray(found["patched"]).mean(axis=1)))
     assert obeys["clean"] == obeys["noise"] == 0 and obeys["hidden"] == obeys["badnets"] == 1
-    assert float(jnp.min(found["accuracy"])) == 1 and task.test.shape == (4, 10, 12, 12, 1)
+    assert float(jnp.min(found["accuracy"])) == 1 and task.test.shape == (10, 10, 12, 12, 1)
 
 
 def test_a_trigger_is_of_whole_levels_at_a_place_of_its_own_for_every_image():
