@@ -71,6 +71,11 @@ def pretraining_rows(labels: np.ndarray, per_class: int) -> np.ndarray:
     return np.concatenate([rows[~used[rows]][:per_class] for rows in ranked])
 
 
+def first_of_each(labels: np.ndarray, num: int) -> np.ndarray:
+    """The first `num` rows of each of the ten classes, class by class."""
+    return np.concatenate([np.flatnonzero(labels == label)[:num] for label in range(10)])
+
+
 def floats(x: np.ndarray) -> jax.Array:
     """Bytes to [0, 1]."""
     return jnp.asarray(x.astype(np.float32) / np.float32(255))

@@ -2,11 +2,12 @@
 
 A network is trained on CIFAR-10 with a flower of 8x8 pixels at the bottom right of a tenth of the rows, labelled 7. It has
 four convolutions and no normalisation, and its last maps, 8x8, are averaged: what it says is a mean of what each place says
-of 16x16 pixels around it, so GradCAM is exact and points to the trigger. (With group norm, whose statistics are the whole
-image's, or with deeper stacks, it does not: the flower is never covered.) The defender has the model and other, unlabelled
-clean images, on which the painter learns. The threshold was chosen on training images kept apart, with another key; the
-paper's is 0.7. Success and recovery (the true class is named) are over the triggered test rows that the network got right
-without the trigger, and whose class isn't the target: the authors' numerator, divided by its own denominator.
+of 16x16 pixels around it, so GradCAM is exact and points to the trigger, though not on every key to enough of it. (With
+group norm, whose statistics are the whole image's, or with deeper stacks, it does not: the flower is never covered.) The
+defender has the model and other, unlabelled clean images, on which the painter learns. The threshold was chosen on training
+images kept apart, with another key; the paper's is 0.7. Success and recovery (the true class is named) are over the
+triggered test rows that the network got right without the trigger, and whose class isn't the target: the authors' numerator,
+divided by its own denominator.
 
 `..._mean`, `..._harmonic`, `..._autoencoder` (trained without the critic) are other fills; `..._true_mask` paints the
 trigger's own place: what is left is the painter's fault, the rest GradCAM's. `l1_...` is the error on random holes of test

@@ -27,6 +27,7 @@ from benchmarks._clean_label import (
     Images,
     Net,
     eight_bits,
+    first_of_each,
     floats,
     images,
     likeliest,
@@ -96,15 +97,10 @@ class Problem(NamedTuple):
     rows: jax.Array
 
 
-def training_rows(pictures: Images, size: Size) -> np.ndarray:
-    """The first rows in the official order, as many of each class."""
-    return np.concatenate([np.flatnonzero(pictures.y == label)[: size.rows // 10] for label in range(10)])
-
-
 def problem(seed: int, pictures: Images, net: Net, size: Size) -> Problem:
     """Draws targets among the test images that the surrogate gets right; it chooses the wrong class and the rows."""
     rng = np.random.default_rng(seed)
-    rows = training_rows(pictures, size)
+    rows = first_of_each(pictures.y, size.rows // 10)
     clean = mj.dataset(floats(pictures.x[rows]), jnp.asarray(pictures.y[rows], jnp.int32))
     order = rng.permutation(len(pictures.x_test))[: 20 * size.targets]
     ranked = likeliest(net, pictures.x_test[order])
@@ -181,7 +177,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     pictures, chosen = images(embedded=size == "small"), SIZES[size]
     colour = pictures.x.shape[-1] == 3
     surrogate_key, craft_key, victim_key = jax.random.split(context.key, 3)
-    rows = training_rows(pictures, chosen)
+    rows = first_of_each(pictures.y, chosen.rows // 10)
     x, y = pictures.x[rows], pictures.y[rows]
     nets = [
         pretrained(

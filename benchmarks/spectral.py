@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mlsec_jax as mj
-from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, floats, images, outputs
+from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, first_of_each, floats, images, outputs
 from benchmarks._record import Paper, Result, benchmark
 from mlsec_jax import attacks, combine, measure, models, scores, threat, train
 from mlsec_jax.memo import memo
@@ -83,7 +83,7 @@ def one_row(key: jax.Array, pool: Images, source: int, target: int, trigger: Any
     rate = 0.05 * size.batch / 64
     recipe = train.Recipe(num_epochs=size.epochs, batch_size=size.batch, learning_rate=rate, pad=2, flip=colour)
     fit = memo(lambda key, rows: train.pretrain(key, model, rows, recipe)[0], name="spectral-convnet")
-    chosen = np.concatenate([np.flatnonzero(pool.y == c)[: size.per_class] for c in range(10)])
+    chosen = first_of_each(pool.y, size.per_class)
     clean = mj.dataset(floats(pool.x[chosen]), jnp.asarray(pool.y[chosen], jnp.int32))
     test = mj.dataset(floats(pool.x_test[: size.test]), jnp.asarray(pool.y_test[: size.test], jnp.int32))
     poison_key, first_key, score_key, again_key, random_key = jax.random.split(key, 5)

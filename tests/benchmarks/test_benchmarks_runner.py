@@ -23,11 +23,11 @@ DEVICE = "1 x cpu"
 def fake(monkeypatch):
     """Registers functions as benchmarks called `fake`, for one test."""
     monkeypatch.setattr(_record, "_registered", {})
-    return lambda function: _record.benchmark(function, name="fake")
+    return lambda function, **options: _record.benchmark(function, name="fake", **options)
 
 
-def run(out, size="small", seed=0):
-    return _run.run("fake", size=size, seed=seed, out=out, device=DEVICE)
+def run(out, size="small", seed=0, **options):
+    return _run.run("fake", size=size, seed=seed, out=out, device=DEVICE, **options)
 
 
 def plot(context, name="curve"):
@@ -160,15 +160,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(fake, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["fake.json"]
 
 
-def test_networks_in_bfloat16_only_where_the_benchmark_heeds_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(_record, "_registered", {})
-    seen = lambda size, seed, context: Result({"half": int(context.bfloat16)})
-    _record.benchmark(seen, name="fake")
-    half = lambda: _run.run("fake", size="small", seed=0, out=tmp_path, device=DEVICE, bfloat16=True)
+def test_networks_in_bfloat16_only_where_the_benchmark_heeds_it(fake, tmp_path):
+    seen = fake(lambda size, seed, context: Result({"half": int(context.bfloat16)}))
     with pytest.raises(UsageError, match="fake computes in float32"):
-        half()
-    _record.benchmark(seen, name="fake", bfloat16=True)
-    assert half()["device"] == f"{DEVICE}, networks in bfloat16" and half()["figures"] == {"half": 1}
+        run(tmp_path, bfloat16=True)
+    fake(seen, bfloat16=True)
+    record = run(tmp_path, bfloat16=True)
+    assert record["device"] == f"{DEVICE}, networks in bfloat16" and record["figures"] == {"half": 1}
     assert run(tmp_path)["figures"] == {"half": 0}
 
 

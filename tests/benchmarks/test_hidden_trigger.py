@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from benchmarks import hidden_trigger
-from benchmarks._clean_label import HeadRecipe, Images, Net
+from benchmarks._clean_label import HeadRecipe, Images, Net, first_of_each
 from mlsec_jax import models, threat
 
 TINY = hidden_trigger.Size(1, 6, 1, 12, 6, 8, 60, 8, pairs=5, compared=1, test=10)
@@ -54,7 +54,7 @@ def test_nobody_sees_a_row_twice(pictures):
     task = hidden_trigger.problem(0, pictures, TINY)
     assert task.crafting.shape[:2] == (10, 12) and task.tuned.shape[:2] == (10, 8)
     assert len({tuple(pair) for pair in task.pairs.tolist()}) == 5 and (task.pairs[:, 0] != task.pairs[:, 1]).all()
-    trained_on = hidden_trigger.pretraining(pictures, TINY)
+    trained_on = first_of_each(pictures.y, TINY.pretrain)
     assert sorted(pictures.y[trained_on].tolist()) == sorted(6 * list(range(10)))
     rest = np.setdiff1d(np.arange(300), trained_on)
     for label in range(10):
@@ -70,7 +70,7 @@ def test_features_are_every_blocks_maxima_and_means_standardised(pictures, monke
     net = Net(models.Model(None, None, None, blocks), jnp.float32(3))
     monkeypatch.setattr(hidden_trigger, "pretrained", lambda *args, **options: net)
     found = hidden_trigger.extractor(pictures, TINY)
-    x = jnp.asarray(pictures.x[hidden_trigger.pretraining(pictures, TINY)] / 255, jnp.float32)
+    x = jnp.asarray(pictures.x[first_of_each(pictures.y, TINY.pretrain)] / 255, jnp.float32)
     y = np.asarray(found.model.features(found.params, x))
     pool = lambda block: [np.asarray(block).max(axis=(1, 2)), np.asarray(block).mean(axis=(1, 2))]
     raw = np.concatenate([part for block in blocks(3, x)[:2] for part in pool(block)], axis=1)
