@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import mlsec_jax as mj
-from mlsec_jax import attacks, bilevel, combine, data, linalg, loop, losses, measure, models, parallel, train
+from mlsec_jax import attacks, bilevel, combine, data, linalg, loop, losses, measure, models, parallel, train, tree
 from mlsec_jax.memo import memo
 
 LOSSY = "CIFAR-10 from a copy whose pixels went through JPEG (quality 75, 4:2:0); labels and order are the official ones"
@@ -116,26 +116,44 @@ ARCHITECTURES: dict[str, Callable[..., models.Model]] = {
 }
 
 
-def pretrained(
-    key: jax.Array,
-    name: str,
-    x: np.ndarray,
-    y: np.ndarray,
-    *,
-    num_epochs: int,
-    width: int = 16,
-    bfloat16: bool = False,
-    **options: Any,
-) -> Net:
-    """A network of `ARCHITECTURES`, trained from the key or read from the user's cache; inputs in [0, 1]."""
+@functools.cache
+def architecture(name: str, *, width: int, colour: bool, bfloat16: bool, **options: Any) -> models.Model:
+    """A network of `ARCHITECTURES` on inputs in [0, 1]: one model for all that ask for the same, and one compilation."""
     mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
-    colour = {"mean": mean, "std": std} if x.shape[-1] == 3 else {}
-    model = ARCHITECTURES[name](width=width, num_classes=10, **colour, **options)
-    model = models.in_bfloat16(model) if bfloat16 else model
-    recipe = train.Recipe(num_epochs=num_epochs, flip=x.shape[-1] == 3)
+    scale = {"mean": mean, "std": std} if colour else {}
+    model = ARCHITECTURES[name](width=width, num_classes=10, **scale, **options)
+    return models.in_bfloat16(model) if bfloat16 else model
+
+
+def pretrained(key: jax.Array, name: str, x: np.ndarray, y: np.ndarray, *, num_epochs: int, **options: Any) -> Net:
+    """A network of `architecture(name, **options)`, trained from the key or read from the user's cache."""
+    model, fit, rows = _training(name, x, y, num_epochs, **options)
+    return Net(model, memo(fit, name=f"benchmark-{name}")(key, rows))
+
+
+def pretrained_each(
+    keys: jax.Array, name: str, x: np.ndarray, y: np.ndarray, *, num_epochs: int, **options: Any
+) -> list[Net]:
+    """As many networks as keys, one a device at a time; what is trained survives an interruption."""
+    model, fit, rows = _training(name, x, y, num_epochs, **options)
+    together = memo(parallel.spread(fit, in_axes=(0, None)), name=f"benchmark-{name}s")
+    found = []
+    for start in range(0, len(keys), jax.device_count()):
+        some = keys[start : start + jax.device_count()]
+        stacked = together(some, rows)
+        found += [Net(model, tree.take(stacked, k)) for k in range(len(some))]
+    return found
+
+
+def _training(
+    name: str, x: np.ndarray, y: np.ndarray, num_epochs: int, *, width: int = 16, bfloat16: bool = False, **options: Any
+) -> tuple[models.Model, Callable[[jax.Array, mj.Data], Any], mj.Data]:
+    """The model, `(key, rows) -> params`, and the rows."""
+    colour = x.shape[-1] == 3
+    model = architecture(name, width=width, colour=colour, bfloat16=bfloat16, **options)
+    recipe = train.Recipe(num_epochs=num_epochs, flip=colour)
     rows = mj.dataset(floats(x), jnp.asarray(y, jnp.int32))
-    fit = memo(lambda k, rows: train.pretrain(k, model, rows, recipe)[0], name=f"benchmark-{name}{width}")
-    return Net(model, fit(key, rows))
+    return model, lambda key, rows: train.pretrain(key, model, rows, recipe)[0], rows
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -217,9 +235,13 @@ def linear_victims(
 
 
 def stacked(nets: Sequence[Net], fn_of: Callable[[models.Model], Any]) -> tuple[Callable, tuple]:
-    """An ensemble over `fn_of(model)`, each network an architecture of its own: `(features_fn, surrogates)`."""
-    fn = models.ensemble([fn_of(net.model) for net in nets], over="map")
-    return fn, tuple(jax.tree.map(lambda leaf: leaf[None], net.params) for net in nets)
+    """An ensemble over `fn_of(model)`, whose members are the networks of one model: `(features_fn, surrogates)`."""
+    groups: dict[int, list[Net]] = {}
+    for net in nets:
+        groups.setdefault(id(net.model), []).append(net)
+    fn = models.ensemble([fn_of(group[0].model) for group in groups.values()], over="map")
+    stack = lambda group: jax.tree.map(lambda *leaves: jnp.stack(leaves), *[net.params for net in group])
+    return fn, tuple(stack(group) for group in groups.values())
 
 
 def craft(

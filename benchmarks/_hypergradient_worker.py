@@ -16,7 +16,7 @@ import optax
 
 import mlsec_jax as mj
 from benchmarks import STARTED, _machine, _served
-from mlsec_jax import bilevel, losses, models, threat
+from mlsec_jax import bilevel, losses, models, parallel, threat
 from mlsec_jax.loop import Schedule
 
 L2 = 0.01  # of the head alone: its curvature is at least that, and a Neumann series converges
@@ -56,6 +56,13 @@ def trainer(spec: dict[str, Any], loss_fn: Callable, schedule: Schedule) -> mj.T
     )
 
 
+def spread_rows(loss_fn: Callable) -> Callable:
+    """The same losses of a batch, its rows spread over the devices."""
+    row = lambda params, row: loss_fn(params, jax.tree.map(lambda leaf: leaf[None], row))[0]
+    spread = parallel.spread(row, inner="vmap", in_axes=(None, 0))
+    return lambda params, batch, key=None: spread(params, batch)
+
+
 def build(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[Callable[..., jax.Array], tuple]:
     """`poison -> d goal / d poison`, and the poison."""
     dtype = jnp.float64 if spec["x64"] else jnp.float32
@@ -68,6 +75,8 @@ def build(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[Callable
             params.setdefault(layer, {})[leaf] = value
     loss_fn = losses.cross_entropy(network(spec["net"]).apply)
     goal_fn = losses.goal_loss(loss_fn)
+    if spec["devices"] > 1:
+        loss_fn = spread_rows(loss_fn)
     train = mj.dataset(leaves["x"], leaves["y"])
     goal = mj.dataset(leaves["goal_x"], leaves["goal_y"])
     poisons = spec["points"]
@@ -84,6 +93,7 @@ def build(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[Callable
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
+    _machine.choose(None, spec["devices"])
     _machine.start(None)
     jax.config.update("jax_enable_x64", spec["x64"])
     gradient, operands = build(spec, dict(np.load(spec["problem"])))

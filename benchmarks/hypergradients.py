@@ -8,6 +8,7 @@ resident set over one warm call, `temp_mb` what XLA reports; times are medians o
 
 Keys are of the MLP 784-100-10 at T = 1,000; other lengths end in `_t100`, and the CNN's begin with `cnn_`.
 Where an estimator gives NaN its errors give way to `is_nan_E = 1`; `approximate_momentum` is the naive reversal.
+`stored_spread` is `stored` with the rows of each batch spread over two devices, a core each: elapsed seconds of the CNN.
 `forward` is measured on images of 7 x 7 and one poison (49 tangents), and the `implicit` ones on the convex problem of
 a regularised head on the MLP's first layer as initialised, against float64 and a dense solve there.
 
@@ -77,7 +78,7 @@ def settings(size: str) -> list[Setting]:
     few += [
         Setting("mlp", 1000, ("approximate_momentum",), 0),
         Setting("mlp", 1000, TIMED_ON_ONE_CORE, 3, one_core=True, prefix="one_core_"),
-        Setting("cnn", 100, MOMENTUM, 3, prefix="cnn_"),
+        Setting("cnn", 100, (*MOMENTUM, "stored_spread"), 3, prefix="cnn_"),
         Setting("cnn", 100, PLAIN, 1, momentum=0.0, prefix="cnn_"),
         Setting("cnn", 100, ("unrolled_none", "unrolled_sqrt", "torch"), 3, one_core=True, prefix="cnn_one_core_"),
         Setting("small_images", 100, ("forward", "unrolled_none"), 3, points=1, prefix="small_images_"),
@@ -133,6 +134,7 @@ def measure(key: jax.Array, setting: Setting, folder: Path, peers: str | None, r
         "points": setting.points,
         "x64": False,
         "tolerance": 1e-6,
+        "devices": 1,
         **problem(key, setting, path, rows),
     }
     out = lambda name: folder / f"{setting.name}-{name}.npy"
@@ -141,7 +143,9 @@ def measure(key: jax.Array, setting: Setting, folder: Path, peers: str | None, r
     processes: dict[str, Served] = {}
     try:
         for name in chosen:
-            spec = {**base, "estimator": name.removesuffix("_momentum"), "out": str(out(name).resolve())}
+            estimator = name.removesuffix("_momentum").removesuffix("_spread")
+            spec = {**base, "estimator": estimator, "out": str(out(name).resolve())}
+            spec["devices"] = 2 if name.endswith("_spread") else 1
             processes[name] = Served(command(spec, peers), cores)
         times = [{name: processes[name].time() for name in chosen} for _ in range(setting.rounds)]
         facts = {name: processes[name].facts for name in chosen}
@@ -181,6 +185,8 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
         "memory_sqrt_over_none": ("peak_mb_unrolled_sqrt", "peak_mb_unrolled_none"),
         "memory_exact_over_none": ("peak_mb_exact", "peak_mb_unrolled_none"),
     }
+    for name in ("stored", "stored_spread"):
+        wanted[f"cnn_time_{name}_over_torch_t100"] = (f"cnn_seconds_{name}_t100", "cnn_seconds_torch_t100")
     for name in ("unrolled_none", "unrolled_sqrt", "exact"):
         wanted[f"time_{name}_over_torch"] = (f"seconds_{name}", "seconds_torch")
         wanted[f"time_{name}_over_torch_t2000"] = (f"seconds_{name}_t2000", "seconds_torch_t2000")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import _clean_label
 from benchmarks._run import Context
-from mlsec_jax import measure
+from mlsec_jax import measure, models
 
 
 def context(folder):
@@ -65,3 +65,35 @@ def test_embedded_images_are_digits_whatever_is_prepared():
     pictures = _clean_label.images(embedded=True)
     assert pictures.x.shape == (3500, 32, 32, 1) and pictures.x_test.shape == (1500, 32, 32, 1)
     assert "not CIFAR-10" in pictures.notes[0]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """An architecture that compiles fast."""
+    network = lambda width, num_classes: models.mlp(widths=(width,), num_classes=num_classes)
+    monkeypatch.setitem(_clean_label.ARCHITECTURES, "tiny", network)
+    return "tiny"
+
+
+def test_networks_of_one_model_are_members_of_one_entry(tiny):
+    of = lambda width: _clean_label.architecture(tiny, width=width, colour=False, bfloat16=False)
+    assert of(2) is of(2) and of(2) is not of(4)
+    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1))
+    make = lambda k, width: _clean_label.Net(of(width), of(width).init(jax.random.key(k), x))
+    nets = [make(0, 2), make(1, 4), make(2, 2)]
+    fn, surrogates = _clean_label.stacked(nets, lambda model: model.features)
+    first, second = fn(surrogates, x)
+    for found, net in zip((*first, *second), (nets[0], nets[2], nets[1]), strict=True):
+        np.testing.assert_allclose(found, net.model.features(net.params, x), rtol=1e-5, atol=1e-6)
+
+
+def test_networks_trained_over_the_devices_are_those_trained_alone(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLSEC_JAX_CACHE", str(tmp_path))
+    x = np.random.default_rng(0).integers(0, 256, (128, 4, 4, 1), dtype=np.uint8)
+    y, keys = np.arange(128) % 10, jax.random.split(jax.random.key(0), jax.device_count() + 1)
+    each = _clean_label.pretrained_each(keys, tiny, x, y, num_epochs=2)
+    assert len(each) == len(keys)
+    for key, net in zip(keys[-2:], each[-2:]):
+        alone = _clean_label.pretrained(key, tiny, x, y, num_epochs=2)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), net.params, alone.params)
+    assert np.ptp([float(np.sum(net.params["head"]["w"])) for net in each]) > 0
