@@ -117,7 +117,7 @@ ARCHITECTURES: dict[str, Callable[..., models.Model]] = {
 
 
 @functools.cache
-def architecture(name: str, *, width: int, colour: bool, bfloat16: bool, **options: Any) -> models.Model:
+def architecture(name: str, *, width: int, colour: bool, bfloat16: bool = False, **options: Any) -> models.Model:
     """A network of `ARCHITECTURES` on inputs in [0, 1]: one model for all that ask for the same, and one compilation."""
     mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
     scale = {"mean": mean, "std": std} if colour else {}

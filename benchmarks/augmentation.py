@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 import mlsec_jax as mj
-from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, floats, images, outputs, share
+from benchmarks._clean_label import GROUP_NORM, Images, architecture, floats, images, outputs, share
 from benchmarks._record import Paper, Result, benchmark
 from mlsec_jax import attacks, bilevel, combine, data, defenses, loop, losses, measure, threat, train
 from mlsec_jax.memo import memo
@@ -87,9 +87,7 @@ def task(pictures: Images, size: Size, seed: int) -> Task:
     """Rows drawn from the training images, the first test images, and a network that was never trained."""
     drawn = np.random.default_rng(seed).permutation(len(pictures.y))[: size.rows]
     make = lambda x, y: mj.dataset(floats(x), jnp.asarray(y, jnp.int32))
-    colour = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)} if pictures.x.shape[-1] == 3 else {}
-    options = {name: np.asarray(value, np.float32) for name, value in colour.items()}
-    model = ARCHITECTURES["convnet"](width=size.width, num_classes=CLASSES, **options)
+    model = architecture("convnet", width=size.width, colour=pictures.x.shape[-1] == 3)
     test = make(pictures.x_test[: size.test], pictures.y_test[: size.test])
     return Task(make(pictures.x[drawn], pictures.y[drawn]), test, model)
 

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import mlsec_jax as mj
-from benchmarks._clean_label import ARCHITECTURES, GROUP_NORM, Images, first_of_each, floats, images, outputs
+from benchmarks._clean_label import GROUP_NORM, Images, architecture, first_of_each, floats, images, outputs
 from benchmarks._record import Paper, Result, benchmark
-from mlsec_jax import attacks, combine, measure, models, scores, threat, train
+from mlsec_jax import attacks, combine, measure, scores, threat, train
 from mlsec_jax.memo import memo
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -68,18 +68,12 @@ TABLE = [  # source, target, trigger, and the paper's figures at 5 % and 10 %
 PAPER = "Tran, Li & Madry 2018, table 1 (ResNet-32, full CIFAR-10, batch norm): the range over its rows"
 
 
-def network(width: int, colour: bool) -> models.Model:
-    """The victim's."""
-    mean, std = (np.asarray(v, np.float32) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
-    return ARCHITECTURES["convnet"](width=width, num_classes=10, **({"mean": mean, "std": std} if colour else {}))
-
-
 def one_row(key: jax.Array, pool: Images, source: int, target: int, trigger: Any, epsilon: float, size: Size) -> dict:
     """One row of the table."""
     colour = pool.x.shape[-1] == 3
     if not colour:  # the embedded digits have one channel
         trigger = threat.patch(jnp.ones((3, 3, 1)), at=(-4, -4))
-    model = network(size.width, colour)
+    model = architecture("convnet", width=size.width, colour=colour)
     rate = 0.05 * size.batch / 64
     recipe = train.Recipe(num_epochs=size.epochs, batch_size=size.batch, learning_rate=rate, pad=2, flip=colour)
     fit = memo(lambda key, rows: train.pretrain(key, model, rows, recipe)[0], name="spectral-convnet")
