@@ -35,7 +35,9 @@ def test_every_defense_is_asked_and_the_true_mask_undoes_the_trigger():
     painted = {name: params for name, (_, params) in painters.items()}
     mean = jnp.full(3, 0.4)
     transforms = februus.settings(painters, mean, SIZE)
-    assert set(transforms) == {"tau_50", f"tau_{round(100 * februus.TAU)}", "autoencoder", "harmonic", "mean", "true_mask"}
+    ungrown = {f"ungrown_{round(100 * tau)}" for tau in februus.PUBLISHED}
+    fills = {"autoencoder", "harmonic", "mean"}
+    assert set(transforms) == {"tau_50", f"tau_{round(100 * februus.TAU)}", "true_mask"} | ungrown | fills
     x = jnp.full((3, 32, 32, 3), 0.4)
     found = februus.asked(net, transforms)(net.params, painted, februus.flower(3)(None, x))
     assert (found["before"] == 1).all()

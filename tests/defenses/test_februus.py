@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.sparse
 import scipy.sparse.linalg
 
@@ -163,6 +164,20 @@ def test_it_takes_the_backdoor_out_and_gives_the_true_class_back(fill):
     assert (says(unmoved.x) == clean.y).all()
 
 
+@pytest.mark.parametrize("grow", [0, 1, 3])
+def test_the_region_grows_as_scipys_does(grow):
+    x = jax.random.uniform(KEY, (4, 9, 7, 3))
+    heat = jax.random.uniform(jax.random.key(1), (4, 9, 7)) ** 8
+    heat_fn = lambda params, x: (heat, {"logits": jnp.zeros((4, 2))})
+    purify = defenses.februus(heat_fn, fill_fn=defenses.fill_mean(0.5), tau=0.6, grow=grow)
+    purified, info = purify(KEY, mj.dataset(x, jnp.zeros(4, jnp.int32)), mj.Known(params=()))
+    hot = np.asarray(heat) >= 0.6
+    assert 0 < hot.mean() < 0.1
+    expected = [scipy.ndimage.binary_dilation(rows, np.ones((2 * grow + 1,) * 2)) for rows in hot]
+    np.testing.assert_array_equal(info["mask"], expected)
+    np.testing.assert_array_equal(purified.x, np.where(np.asarray(info["mask"])[..., None], np.float32(0.5), x))
+
+
 def test_a_network_fills_what_it_is_shown():
     _, stamped = backdoored(KEY, 4)
     apply_fn = lambda params, xm, key=None: params * xm[..., 3:] * jnp.ones((1, 1, 1, 3)) + 0 * xm[..., :3]
@@ -191,6 +206,8 @@ def test_bad_input_is_named():
         purify(KEY, stamped, mj.Known())
     with pytest.raises(ValueError, match="tau"):
         defenses.februus(defenses.grad_cam(BACKDOOR), fill_fn=defenses.fill_mean(0.5), tau=-0.1)
+    with pytest.raises(ValueError, match="grow: expected an integer of at least 0"):
+        defenses.februus(defenses.grad_cam(BACKDOOR), fill_fn=defenses.fill_mean(0.5), grow=-1)
     with pytest.raises(ValueError, match=r"maps \[n, h, w, k\]"):
         defenses.grad_cam(lambda params, x: (x[:, 0], lambda maps: maps))(None, stamped.x)
 
