@@ -31,12 +31,12 @@ def test_every_defense_is_asked_and_the_true_mask_undoes_the_trigger():
     params = {"head": {"w": jnp.array([[-9.0, 9.0], [0.0, 0.0], [9.0, -9.0]]), "b": jnp.array([0.1, 0.0])}}
     net = Net(models.Model(lambda key, x: params, apply, lambda p, x, key=None: layers(p, x)[-1], layers), params)
     grey = models.Model(lambda key, x: (), lambda p, x, key=None: p * jnp.ones_like(x[..., :3]), lambda p, x, key=None: x)
-    painters = {name: (grey, jnp.float32(0.4)) for name in ("network", "autoencoder")}
+    painters = {name: (grey, jnp.float32(0.4)) for name in februus.PAINTERS}
     painted = {name: params for name, (_, params) in painters.items()}
     mean = jnp.full(3, 0.4)
     transforms = februus.settings(painters, mean, SIZE)
     ungrown = {f"ungrown_{round(100 * tau)}" for tau in februus.PUBLISHED}
-    fills = {"autoencoder", "harmonic", "mean"}
+    fills = {"unasked", "autoencoder", "harmonic", "mean"}
     assert set(transforms) == {"tau_50", f"tau_{round(100 * februus.TAU)}", "true_mask"} | ungrown | fills
     x = jnp.full((3, 32, 32, 3), 0.4)
     found = februus.asked(net, transforms)(net.params, painted, februus.flower(3)(None, x))
