@@ -8,7 +8,7 @@ from mlsec_jax.defenses._cutout import cutout
 from mlsec_jax.defenses._februus import februus
 from mlsec_jax.defenses._fills import fill_harmonic, fill_mean, fill_network
 from mlsec_jax.defenses._fine_prune import fine_prune
-from mlsec_jax.defenses._grad_cam import grad_cam, split_at
+from mlsec_jax.defenses._grad_cam import grad_cam, split_at, usual_peak
 from mlsec_jax.defenses._gradient_shaping import gradient_shaping
 from mlsec_jax.defenses._invert_trigger import Inversion, Inverted, invert_trigger
 from mlsec_jax.defenses._label_flip_smoothing import Smoothed, label_flip_smoothing
@@ -53,4 +53,5 @@ __all__ = [
     "trigger_neurons",
     "unlearn_trigger",
     "unlearning",
+    "usual_peak",
 ]

@@ -31,9 +31,11 @@ def februus(
     norm, or where a place sees most of the image, it doesn't.
 
     Args:
-      heat_fn: `(params, x) -> (heat [n, h, w] in [0, 1], {"logits": [n, c], ...})`, `grad_cam(split_at(model))`.
+      heat_fn: `(params, x) -> (heat [n, h, w], {"logits": [n, c], ...})`, `grad_cam(split_at(model))`, with
+        `peak=usual_peak(...)` where clean images can be had.
       fill_fn: `(x, mask [n, h, w, 1]) -> images`: `fill_network` as published, `fill_harmonic`, `fill_mean`.
-      tau: the threshold: 0.7 for CIFAR-10 and VGGFace2, 0.8 for GTSRB in the authors' code; above 1 nothing changes.
+      tau: the threshold: 0.7 for CIFAR-10 and VGGFace2, 0.8 for GTSRB in the authors' code, where every image's heat is scaled
+        to [0, 1] and above 1 nothing changes. In units of `usual_peak`, 1 leaves 99 % of clean images as they are.
       grow: pixels by which the region grows in every direction, 0 as published. A network looks at the part of the trigger
         that tells it best, and is fooled by the rest where that alone is cut out: a high `tau` and a few pixels more hide
         the whole of a small trigger, and less of a clean image than a low `tau` does.

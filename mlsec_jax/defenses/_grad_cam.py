@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from mlsec_jax import checks
 from mlsec_jax.base import Info, Params
 
 RestFn = Callable[[jax.Array], jax.Array]  # maps [n, h, w, k] -> logits [n, c]
@@ -16,28 +17,34 @@ SplitFn = Callable[[Params, jax.Array], tuple[jax.Array, RestFn]]  # (params, x)
 HeatFn = Callable[..., tuple[jax.Array, Info]]  # (params, x [n, H, W, c], labels=None) -> (heat [n, H, W], info)
 
 
-def grad_cam(split_fn: SplitFn) -> HeatFn:
+def grad_cam(split_fn: SplitFn, *, peak: Any = None) -> HeatFn:
     """Class activation maps of convolutional feature maps A of an image and the score S of a class.
 
-    `w_k = mean_ij ∂S / ∂A_ij^k`, `L = max(0, Σ_k w_k A^k)`, resized to the image (bilinear), then to [0, 1] (min-max).
+    `w_k = mean_ij ∂S / ∂A_ij^k`, `L = max(0, Σ_k w_k A^k)`, resized to the image (bilinear), then to [0, 1] (min-max), so that
+    every image has its hottest place; or in units of `peak`, so that images can be compared.
 
     Args:
       split_fn: `(params, x) -> (maps [n, h, w, k], rest_fn)`, with `rest_fn(maps) -> logits [n, c]`. `split_at(model)` makes
         it for networks of `mlsec_jax.models`; by hand it is
         `lambda params, x: (maps_fn(params, x), lambda maps: rest_fn(params, maps))`.
+      peak: None for min-max as published; a positive number, such as `usual_peak` of clean images: the heat is divided by it,
+        and can be more than 1.
 
     Returns:
       `(params, x [n, H, W, c], labels=None) -> (heat [n, H, W], info)`: of the predicted classes, or of `labels [n]`; info:
-      `logits [n, c]`. A map that is constant, so that it points nowhere, gives 0 everywhere. Rows are independent, as they
-      are in every network without batch statistics.
+      `logits [n, c]`. Under min-max a map that is constant, so that it points nowhere, gives 0 everywhere. Rows are
+      independent, as they are in every network without batch statistics.
 
-    References: Selvaraju et al., ICCV 2017, eq. (1) and (2). Deviates from the paper in: L is resized and scaled here.
+    References: Selvaraju et al., ICCV 2017, eq. (1) and (2). Deviates from the paper in: L is resized and scaled here; `peak`.
 
     >>> split = lambda params, x: (x, lambda maps: jnp.mean(maps, axis=(1, 2)))
     >>> x = jnp.zeros((1, 2, 2, 1)).at[0, 1, 0, 0].set(3.0)
     >>> grad_cam(split)(None, x)[0][0].tolist()
     [[0.0, 0.0], [1.0, 0.0]]
     """
+
+    if peak is not None:
+        checks.above("peak", peak, 0)
 
     def explain(params: Params, x: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, Info]:
         maps, rest_fn = split_fn(params, x)
@@ -49,11 +56,38 @@ def grad_cam(split_fn: SplitFn) -> HeatFn:
         weight = jnp.mean(slope, axis=(1, 2), keepdims=True)
         heat = jax.nn.relu(jnp.sum(weight * maps, axis=3))
         heat = jax.image.resize(heat, x.shape[:3], "bilinear")
+        if peak is not None:
+            return heat / jnp.asarray(peak, heat.dtype), {"logits": logits}
         low, high = (fn(heat, axis=(1, 2), keepdims=True) for fn in (jnp.min, jnp.max))
         span = high - low
         return jnp.where(span > 0, (heat - low) / jnp.where(span > 0, span, 1), 0), {"logits": logits}
 
     return explain
+
+
+def usual_peak(
+    split_fn: SplitFn, params: Params, clean: jax.Array, *, quantile: float = 0.99, batch_size: int = 100
+) -> jax.Array:
+    """How hot the hottest places of clean images are: the unit in which a trigger's heat stands out.
+
+    A small trigger has to outweigh all of an image from a few places, so where the network's places add up it is several
+    times hotter than what clean images show.
+
+    Args:
+      split_fn: as `grad_cam`'s.
+      params: of the network.
+      clean: images `[n, H, W, c]` without triggers, or few with: their share has to be below `1 - quantile`.
+      quantile: of the images' maxima.
+      batch_size: images at a time.
+
+    Returns:
+      A scalar, `grad_cam`'s `peak`.
+    """
+    checks.between("quantile", quantile, 0, 1)
+    checks.count("batch_size", batch_size, 1)
+    explain = grad_cam(split_fn, peak=1.0)
+    hottest = lambda row: jnp.max(explain(params, row[None])[0])
+    return jnp.quantile(jax.lax.map(hottest, clean, batch_size=min(batch_size, len(clean))), quantile)
 
 
 def split_at(model: Any, layer: int | None = None) -> SplitFn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,6 @@ class InpaintingRecipe(NamedTuple):
       low: smallest side of a hole, in pixels.
       high: largest side.
       adversarial: weight of the critic's opinion beside the L1 error.
-      fidelity: weight of what a network says of the painted image, where there is one.
       share: of the steps, the last, in which there is a critic.
       critic_steps: of the critic, each on a batch of its own, for each step of the network then.
       critic_rate: the critic's learning rate (Adam with β = 0.5, 0.9).
@@ -36,7 +34,6 @@ class InpaintingRecipe(NamedTuple):
     low: int = 4
     high: int = 14
     adversarial: float = 1e-3
-    fidelity: float = 0.5
     share: float = 0.2
     critic_steps: int = 5
     critic_rate: float = 1e-4
@@ -79,20 +76,12 @@ def random_holes(key: Key, num: int, shape: tuple[int, int], *, low: int = 4, hi
 
 
 def pretrain_inpainter(
-    key: Key,
-    painter: Any,
-    clean: Data,
-    recipe: InpaintingRecipe,
-    *,
-    critic: Any = None,
-    asked_fn: Callable[[jax.Array], jax.Array] | None = None,
+    key: Key, painter: Any, clean: Data, recipe: InpaintingRecipe, *, critic: Any = None
 ) -> tuple[Params, Info]:
     """Trains a network G to paint random holes M of clean images; labels are not read.
 
     G minimises `mean ‖M (G(x, M) - x)‖₁ / ‖M‖₁ - λ mean D(x̂)`, `x̂ = (1 - M) x + M G(x, M)`; in the last steps only, a critic D
-    minimises `mean D(x̂) - mean D(x) + penalty · mean (‖∇D(x̃)‖₂ - 1)²`, x̃ between x and x̂ at random. Where a network f is
-    going to be asked about x̂, `fidelity · mean KL(softmax f(x) ‖ softmax f(x̂))` comes on top: what it says of clean images
-    is kept.
+    minimises `mean D(x̂) - mean D(x) + penalty · mean (‖∇D(x̃)‖₂ - 1)²`, x̃ between x and x̂ at random.
 
     It is a pure function: jit it once, outside; `memo` keeps what it gives.
 
@@ -102,8 +91,6 @@ def pretrain_inpainter(
       clean: images `[n, h, w, c]` in [0, 1].
       recipe: the `InpaintingRecipe`.
       critic: a network of `[x, mask]` with one output, such as `models.patch_critic()`; None: reconstruction alone.
-      asked_fn: `x -> logits [n, c]` of the network that is going to be asked about the painted images, which a defender has;
-        None: the painter knows of none, as published.
 
     Returns:
       `(params, info)`, of the painter; info: `l1 [steps]`, the error on the holes of each batch; `distance [steps with a
@@ -143,15 +130,11 @@ def pretrain_inpainter(
 
         def objective(params: Params) -> tuple[jax.Array, jax.Array]:
             whole, error = paint(params, batch.x, hole)
-            l1 = total = losses.weighted_mean(error, batch.weight)
-            if asked_fn is not None:
-                said, says = (jax.nn.log_softmax(asked_fn(x)) for x in (batch.x, whole))
-                lost = jnp.sum(jnp.exp(said) * (said - says), axis=1)
-                total = total + jnp.asarray(recipe.fidelity, l1.dtype) * losses.weighted_mean(lost, batch.weight)
-            if critic_params is not None:
-                approval = losses.weighted_mean(opinion(critic_params, whole, hole), batch.weight)
-                total = total - jnp.asarray(recipe.adversarial, l1.dtype) * approval
-            return total, l1
+            l1 = losses.weighted_mean(error, batch.weight)
+            if critic_params is None:
+                return l1, l1
+            approval = losses.weighted_mean(opinion(critic_params, whole, hole), batch.weight)
+            return l1 - jnp.asarray(recipe.adversarial, l1.dtype) * approval, l1
 
         params, state = carry
         gradient, l1 = jax.grad(objective, has_aux=True)(params)

@@ -6,10 +6,9 @@ import numpy as np
 
 from benchmarks import februus
 from benchmarks._clean_label import Net
-from mlsec_jax import models
+from mlsec_jax import defenses, models
 
 KEY = jax.random.key(0)
-SIZE = februus.SIZES["small"]._replace(taus=(0.5, februus.TAU))
 
 
 def test_the_flower_is_at_the_bottom_right_and_hides_what_was_there():
@@ -31,17 +30,19 @@ def test_every_defense_is_asked_and_the_true_mask_undoes_the_trigger():
     params = {"head": {"w": jnp.array([[-9.0, 9.0], [0.0, 0.0], [9.0, -9.0]]), "b": jnp.array([0.1, 0.0])}}
     net = Net(models.Model(lambda key, x: params, apply, lambda p, x, key=None: layers(p, x)[-1], layers), params)
     grey = models.Model(lambda key, x: (), lambda p, x, key=None: p * jnp.ones_like(x[..., :3]), lambda p, x, key=None: x)
-    painters = {name: (grey, jnp.float32(0.4)) for name in februus.PAINTERS}
+    painters = {name: (grey, jnp.float32(0.4)) for name in ("network", "autoencoder")}
     painted = {name: params for name, (_, params) in painters.items()}
     mean = jnp.full(3, 0.4)
-    transforms = februus.settings(painters, mean, SIZE)
-    ungrown = {f"ungrown_{round(100 * tau)}" for tau in februus.PUBLISHED}
-    fills = {"unasked", "autoencoder", "harmonic", "mean"}
-    assert set(transforms) == {"tau_50", f"tau_{round(100 * februus.TAU)}", "true_mask"} | ungrown | fills
+    transforms = februus.settings(painters, mean)
+    regions = {f"tau_{round(100 * tau)}" for tau in februus.TAUS}
+    regions |= {f"published_{round(100 * tau)}" for tau in februus.PUBLISHED}
+    assert set(transforms) == regions | {"autoencoder", "harmonic", "mean", "true_mask"}
     x = jnp.full((3, 32, 32, 3), 0.4)
-    found = februus.asked(net, transforms)(net.params, painted, februus.flower(3)(None, x))
+    stamped = februus.flower(3)(None, x)
+    peak = defenses.usual_peak(defenses.split_at(net.model), net.params, stamped, quantile=1.0)
+    found = februus.asked(net, transforms)(net.params, painted, stamped, peak)
     assert (found["before"] == 1).all()
-    for name in ("tau_50", "true_mask"):  # above 0.5 are eye and petals
+    for name in ("tau_50", "published_50", "true_mask"):  # above 0.5 are eye and petals
         assert (found[name] == 0).all(), name
     np.testing.assert_allclose(found["hidden_true_mask"], 64 / 1024)
     assert (found["covered"] > 0).all() and found["mask"].shape == (3, 32, 32)

@@ -47,6 +47,27 @@ def test_grad_cam_agrees_with_finite_differences():
             np.testing.assert_allclose(heat[i], expected, atol=1e-7)
 
 
+def test_heat_in_units_of_clean_images_is_heat_before_it_is_scaled():
+    split = lambda params, x: (x, lambda maps: jnp.mean(maps, axis=(1, 2)) @ params)
+    params = jnp.array([[3.0, 0.0], [0.0, 3.0]])
+    x = jax.random.uniform(KEY, (6, 4, 5, 2))
+    labels = np.argmax(np.asarray(x).mean((1, 2)), axis=1)
+    raw = 3 / 20 * np.asarray(x)[np.arange(6), :, :, labels]
+    heat, info = defenses.grad_cam(split, peak=0.05)(params, x)
+    np.testing.assert_allclose(heat, raw / 0.05, rtol=1e-5)
+    scaled, same = defenses.grad_cam(split)(params, x)
+    low, high = raw.min((1, 2), keepdims=True), raw.max((1, 2), keepdims=True)
+    np.testing.assert_allclose(scaled, (raw - low) / (high - low), atol=1e-5)
+    assert oracles.trees_equal(info, same)
+    for quantile in (0.5, 0.99):
+        found = jax.jit(lambda x, q=quantile: defenses.usual_peak(split, params, x, quantile=q, batch_size=4))(x)
+        np.testing.assert_allclose(found, np.quantile(raw.max((1, 2)), quantile), rtol=1e-5)
+    with pytest.raises(ValueError, match="peak"):
+        defenses.grad_cam(split, peak=0.0)
+    with pytest.raises(ValueError, match="quantile"):
+        defenses.usual_peak(split, params, x, quantile=1.5)
+
+
 NETS = [
     models.convnet(width=4, sizes=(1, 2), pooled=(0,), num_classes=3),
     models.resnet(width=8, num_classes=3),

@@ -23,6 +23,7 @@ HELPERS = {
     "defenses.fill_network",
     "defenses.grad_cam",
     "defenses.split_at",
+    "defenses.usual_peak",
     "scores.Clusters",
     "scores.cluster_activations",
     "scores.cluster_silhouette",
