@@ -12,7 +12,6 @@ import numpy as np
 import optax
 
 from mlsec_jax import base, bilevel, loop, losses
-from mlsec_jax.models import conv
 
 CHANNELS, CLASSES = 16, 10
 FEATURES = 49 * CHANNELS
@@ -55,9 +54,19 @@ def init(key: base.Key, recipe: Recipe, width: int = 576) -> base.Params:
     }
 
 
+def strided(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`models.conv(x, kernel, stride=2)` of one channel and 5x5 pixels, as a product with the 25 shifted images.
+
+    With so few channels a whole training and its derivative take .6 of the time they take through `models.conv`.
+    """
+    padded = jnp.pad(x[..., 0], ((0, 0), (1, 2), (1, 2)))
+    shifted = [padded[:, i : i + 27 : 2, j : j + 27 : 2] for i in range(5) for j in range(5)]
+    return jnp.einsum("nhwk,kc->nhwc", jnp.stack(shifted, axis=-1), kernel.reshape(25, -1))
+
+
 def features(recipe: Recipe, params: base.Params, x: jax.Array) -> jax.Array:
     """`[n, 28, 28, 1]` to `[n, 784]`: convolution, rectifier, 2x2 average pooling, scaled to unit mean square."""
-    h = conv(x, recipe.filter_scale * params["filters"], stride=2)
+    h = strided(x, recipe.filter_scale * params["filters"])
     h = jax.nn.relu(h + recipe.filter_scale * params["filters_b"][None, None, None])
     return 2.9 * h.reshape(-1, 7, 2, 7, 2, CHANNELS).mean((2, 4)).reshape(x.shape[0], FEATURES)
 

@@ -7,7 +7,7 @@ import numpy as np
 import mlsec_jax as mj
 from benchmarks import _deep_victim
 from benchmarks import deep_back_gradient as deep
-from mlsec_jax import losses, threat
+from mlsec_jax import losses, models, threat
 
 
 def rows(n=12, seed=0):
@@ -32,13 +32,22 @@ def test_filters_are_orthonormal_pairs():
     np.testing.assert_array_equal(flat[:, 8:], -half)
 
 
-def test_goal_relabels_the_target_only_and_weighs_both_parts():
-    holdout = rows(30)
-    goal = deep.target_goal(holdout, 0.5)
-    eights = np.asarray(holdout.y) == 8
-    np.testing.assert_array_equal(goal.y, np.where(eights, 3, holdout.y))
-    np.testing.assert_allclose(np.asarray(goal.weight)[eights].sum(), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(goal.weight)[~eights].sum(), 0.5, rtol=1e-6)
+def test_strided_is_the_convolution():
+    x = rows(3).x
+    np.testing.assert_allclose(
+        _deep_victim.strided(x, _deep_victim.filters()), models.conv(x, _deep_victim.filters(), stride=2), atol=1e-5
+    )
+
+
+def test_misled_is_the_mean_over_the_target_and_the_mean_over_the_rest():
+    goal = rows(30)
+    goal = goal._replace(weight=goal.weight.at[8].set(0))
+    apply_fn = lambda params, x, key=None: params * x[:, :10, 0, 0]
+    value = deep.misled(apply_fn)(jnp.float32(2.0), goal, goal)
+    probability = np.asarray(jax.nn.softmax(2.0 * goal.x[:, :10, 0, 0]))[np.arange(30), np.asarray(goal.y)]
+    eights = [18, 28]
+    others = [k for k in range(30) if k % 10 != 8]
+    np.testing.assert_allclose(value, probability[eights].mean() + 1 - probability[others].mean(), rtol=1e-5)
 
 
 def test_head_trains_the_linear_path_alone_and_its_back_gradient_is_right():
