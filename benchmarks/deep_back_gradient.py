@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(head_steps=30, targeted_steps=0, availability_steps=0, victims=1, test_rows=1000),
-    "full": Size(head_steps=100, targeted_steps=500, availability_steps=12, victims=5, test_rows=4000),
+    "full": Size(head_steps=100, targeted_steps=500, availability_steps=12, victims=5, test_rows=10000),
     "paper": Size(head_steps=150, targeted_steps=1500, availability_steps=100, victims=10, test_rows=10000),
 }
 
