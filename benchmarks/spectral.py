@@ -154,7 +154,7 @@ def clean_model(key: jax.Array, shared: Setting, cases: list[tuple]) -> dict[str
     """The same figures of a network that never saw a poison, for each pair."""
     params = shared.fit(key, shared.clean)
     found: dict[str, float] = {}
-    for source, target, trigger, _ in cases:
+    for source, target, trigger in {target: (source, target, trigger) for source, target, trigger, _ in cases}.values():
         nat, pois, caused = shared.judge(params, source, target, trigger)
         name = CLASSES[target]
         found |= {"nat_clean": nat, f"pois_clean_{name}": pois, f"caused_clean_{name}": caused}
