@@ -162,6 +162,11 @@ def outputs(fn: Callable, params: Any, x: jax.Array) -> jax.Array:
     return jax.lax.map(lambda row: fn(params, row[None])[0], x, batch_size=min(100, len(x)))
 
 
+def pooled(layers: Sequence[jax.Array], *reductions: Callable[..., jax.Array]) -> jax.Array:
+    """Each reduction (`jnp.max`, `jnp.mean`) of each layer `[n, h, w, c]` over its places, side by side: `[n, d]`."""
+    return jnp.concatenate([fn(layer, axis=(1, 2)) for layer in layers for fn in reductions], axis=1)
+
+
 def features(net: Net, x: jax.Array) -> jax.Array:
     """The network's features in evaluation mode, 100 rows at a time: `[n, d]`."""
     return outputs(net.model.features, net.params, x)

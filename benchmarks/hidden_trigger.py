@@ -44,6 +44,7 @@ from benchmarks._clean_label import (
     floats,
     images,
     outputs,
+    pooled,
     pretrained,
     share,
     trials,
@@ -128,14 +129,13 @@ def extractor(pictures: Images, size: Size) -> Net:
     x, y = pictures.x[rows], pictures.y[rows]
     net = pretrained(jax.random.key(0), "convnet", x, y, num_epochs=size.epochs, width=size.width)
 
-    def pooled(params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        blocks = net.model.layers(params, x, key)[:-1]
-        return jnp.concatenate([fn(block, axis=(1, 2)) for block in blocks for fn in (jnp.max, jnp.mean)], axis=1)
+    def blocks(params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return pooled(net.model.layers(params, x, key)[:-1], jnp.max, jnp.mean)
 
     def standardised(params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        return (pooled(params["net"], x, key) - params["mean"][None]) / params["std"][None]
+        return (blocks(params["net"], x, key) - params["mean"][None]) / params["std"][None]
 
-    seen = outputs(pooled, net.params, floats(x[:: max(len(x) // 2000, 1)]))
+    seen = outputs(blocks, net.params, floats(x[:: max(len(x) // 2000, 1)]))
     std = jnp.maximum(jnp.std(seen, axis=0), 0.02)  # of a dead channel it is zero
     model = models.Model(net.model.init, net.model.apply, standardised)
     return Net(model, {"net": net.params, "mean": jnp.mean(seen, axis=0), "std": std})
