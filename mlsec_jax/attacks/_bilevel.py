@@ -105,7 +105,8 @@ def bilevel(
 
     Returns:
       An `Algorithm` on training `Data`; info: `outer`, `gradient_norm`, `step_norm`, `alive` (poison rows of positive
-      training weight whose gradient is not zero), `train` (the trainer's info).
+      training weight whose gradient is not zero), `finite` (whether the gradient is finite: where it is not, because
+      training diverged, the poison and the optimizer's state stay as they were), `train` (the trainer's info).
 
     References: Muñoz-González et al., AISec 2017, eq. (3)-(4), algorithm 1. Deviates from the paper in: the
     projection is the threat's, and all points may move together.
@@ -157,11 +158,16 @@ def bilevel(
         moved = threat.project(moved, subject)
         if threat.rows is not None:
             moved = jax.tree.map(lambda new, old: jnp.where(tree.per_row(moving, new), new, old), moved, state.poison)
+        # Training that diverges has a gradient that is not finite, which no projection brings back into the threat.
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradient)]))
+        rest = (state.poison, state.optimizer)
+        moved, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, opt_state), rest)
         report = {
             "outer": value,
             "gradient_norm": tree.norm(gradient),
             "step_norm": tree.norm(jax.tree.map(jnp.subtract, moved, state.poison)),
             "alive": alive,
+            "finite": finite,
             "train": info,
         }
         return BilevelState(moved, opt_state, state.step + 1), report

@@ -109,6 +109,31 @@ def test_zero_budget_returns_the_input(split, trainer):
         np.testing.assert_array_equal(new, old)
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing(split):
+    train, holdout, _ = split
+    coin = lambda key: jax.random.bernoulli(key)
+    diverges = lambda key, params, data: (jnp.mean(data.x) * jnp.where(coin(key), jnp.nan, 1.0), {})
+    attack = attacks.bilevel(
+        lambda params, data, goal: params,
+        diverges,
+        threat=threat.perturb_rows(jnp.arange(3), radius=0.5),
+        optimizer=optax.adam(0.01),
+        fixed_key=False,
+    )
+    known = mj.Known(params=START, goal=holdout)
+    state = attack.init(jax.random.key(0), train, known)
+    seen = set()
+    for key in jax.random.split(jax.random.key(1), 8):
+        new, info = attack.step(key, state, train, known)
+        same = [bool(jnp.array_equal(a, b)) for a, b in zip(jax.tree.leaves(new[:2]), jax.tree.leaves(state[:2]))]
+        assert bool(info["finite"]) != bool(coin(key)) and int(new.step) == int(state.step) + 1
+        assert all(same) if coin(key) else not any(same)
+        assert np.isfinite(new.poison).all()
+        seen.add(bool(coin(key)))
+        state = new
+    assert seen == {True, False}
+
+
 def test_goals_keep_their_shape_and_weigh(split):
     _, holdout, _ = split
     holdout = holdout._replace(weight=holdout.weight.at[:50].set(0))

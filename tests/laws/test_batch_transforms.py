@@ -73,7 +73,10 @@ def test_weight_zero_is_absence_though_it_is_nan(row):
             weight=jnp.where(last, 0, padded.weight),
         )
         beside = transform(jax.random.key(k), padded)
-        assert oracles.trees_equal(jax.tree.map(lambda leaf: leaf[: batch.num_rows], beside), alone)
+        kept = jax.tree.map(lambda leaf: leaf[: batch.num_rows], beside)
+        # Two programs: an accelerator's compiler fuses them differently, and then their last bits may differ.
+        rounding = 0 if jax.default_backend() == "cpu" else 1e-6
+        assert oracles.trees_close(kept, alone, rtol=rounding, atol=rounding)
         assert not beside.weight[batch.num_rows :].any()
 
 
