@@ -13,10 +13,14 @@ probabilities of the true labels: an 8 that is lost, or a digit that is safe, pu
 is the same attack on the *head* alone, the linear path trained on the initial filters' features (convex, without
 noise): what it reaches in the network is a transfer.
 
-Two recipes train the same network: `CALM` (the filters learn slowly) for the targeted attack, and `LIVELY` (they learn
-25 times faster) for availability. There white images under one label are the starting point, and already break many
-victims, which then predict one class; `accuracy_white_images` is that starting point's figure, to be held against
-`accuracy_poisoned`. A victim breaks or it does not: look at the spread (`_sd`) beside the means.
+Two recipes train it: `CALM` (the convolution learns slowly) for the targeted attack, and `LIVELY` for availability,
+where the dense units are cubed and the convolution's biases learn 25 times faster. There the attack starts from white
+images under one label. They have ten times the digits' mean square; the first steps on them throw all logits far off,
+the correction drives the biases of whole channels below anything a digit could excite, and if that happens to all
+sixteen the victim predicts one class for good. Clean digits rarely do that at these rates (one of 60 victims over two
+seeds). Back-gradient steps from there did not make it more certain; the attacker keeps whichever broke more of its own
+trainings, and `accuracy_white_images` is the start's figure, to be held against `accuracy_poisoned`. A victim breaks or
+it does not: look at the spread (`_sd`) beside the means.
 
 `accuracy_..._targeted` is the accuracy on the digits other than 8; `target_error` the error on 8s, to whatever digit.
 
@@ -49,7 +53,7 @@ from benchmarks._deep_victim import (
     only_head,
 )
 from benchmarks._record import Paper, Result, benchmark
-from mlsec_jax import attacks, base, data, losses, measure, threat
+from mlsec_jax import attacks, base, checks, data, losses, measure, threat
 
 VICTIM, WANTED = 8, 3
 POISONS = 50
@@ -67,8 +71,8 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(head_steps=30, targeted_steps=0, availability_steps=0, victims=1, test_rows=1000),
-    "full": Size(head_steps=100, targeted_steps=500, availability_steps=12, victims=5, test_rows=10000),
-    "paper": Size(head_steps=150, targeted_steps=1500, availability_steps=100, victims=10, test_rows=10000),
+    "full": Size(head_steps=100, targeted_steps=500, availability_steps=12, victims=10, test_rows=10000),
+    "paper": Size(head_steps=150, targeted_steps=1500, availability_steps=100, victims=20, test_rows=10000),
 }
 
 
@@ -120,16 +124,17 @@ def craft(
 
 
 def worst(key: base.Key, recipe: Recipe, candidates: Sequence[base.Data], known: base.Known) -> base.Data:
-    """The candidate of the highest error on the goal, mean of four trainings of the attacker's own."""
+    """The candidate of the highest error on the goal, mean of twelve trainings of the attacker's own."""
     trainer = from_scratch(recipe, log_uniform(recipe.learning_rates[0], recipe.learning_rates[-1]))
 
     @jax.jit
-    def value(k: base.Key, train: base.Data) -> jax.Array:
-        predicted = jnp.argmax(network(recipe)(trainer(k, None, train)[0], known.goal.x), axis=1)
-        return measure.error(predicted, known.goal)
+    def value(k: base.Key, train: base.Data, goal: base.Data) -> jax.Array:
+        predicted = jnp.argmax(network(recipe)(trainer(k, None, train)[0], goal.x), axis=1)
+        return measure.error(predicted, goal)
 
-    means = [sum(float(value(jax.random.fold_in(key, k), present(each))) for k in range(4)) for each in candidates]
-    return candidates[int(np.nanargmax(means))]
+    keys = [jax.random.fold_in(key, k) for k in range(12)]
+    means = [sum(float(value(k, present(each), known.goal)) for k in keys) for each in candidates]
+    return candidates[int(np.argmax(means))]
 
 
 def present(subject: base.Data) -> base.Data:
@@ -248,6 +253,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     shift = jax.random.randint(flip_key, (POISONS,), 1, CLASSES)
 
     def joined(px: Any, py: Any) -> base.Data:
+        checks.between("poisons", px, 0, 1)  # NaN is no image, though every victim of it would count as broken
         return present(threat.reserve(train, base.dataset(jnp.asarray(px), jnp.asarray(py, jnp.int32))))
 
     clean = threat.reserve(train, base.dataset(pool.x[:POISONS], pool.y[:POISONS]))
