@@ -1,7 +1,7 @@
 """A convolutional network, trained end to end, poisoned by points moved along back-gradients.
 
 The victim is a network of 466,186 parameters, all trained from scratch on 1,000 MNIST digits: a strided 5x5
-convolution, rectified and average-pooled, then a dense layer of 576 squared rectifiers and a linear path beside it.
+convolution, rectified and average-pooled, then 576 rectifiers, squared or cubed, and a linear path beside them.
 The attacker adds 50 points, whose labels it chooses, and never sees the victims' keys (initialisation and batches).
 
 Training's own noise drowns the gradient through a network that starts at random: hypergradients of two initialisations
