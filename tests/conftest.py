@@ -1,7 +1,8 @@
 """What every test runs under: strict promotion of dtypes and ranks; warnings are errors (pyproject).
 
 Most of the suite's time is LLVM's, so programs are compiled without its expensive passes, except in modules marked
-`optimised`, which measure time or memory, and everywhere by XLA's former code generator for fusions, which halves the time.
+`optimised`, which measure time or memory, and everywhere by XLA's former code generator for fusions, which halves the time,
+in one piece each: two workers on two cores have no core left for the pieces, and cutting costs a sixth of compilation.
 `JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs everything as users do. What a module compiled is kept on disk for the next ones
 of the same process (of no other: JAX does not write entries atomically).
 """
@@ -16,9 +17,9 @@ import jax
 import pytest
 
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
-FORMER = "--xla_cpu_use_fusion_emitters=false"
-if QUICK and jax.__version__.startswith("0.10."):  # read at the first compilation; a release that lacks it would abort
-    os.environ["XLA_FLAGS"] = " ".join({*os.environ.get("XLA_FLAGS", "").split(), FORMER})
+FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+if QUICK and jax.__version__.startswith("0.10."):  # read at the first compilation; a release that lacks one would abort
+    os.environ["XLA_FLAGS"] = " ".join({*os.environ.get("XLA_FLAGS", "").split(), *FLAGS})
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

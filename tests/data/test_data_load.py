@@ -212,7 +212,13 @@ def test_mnist_loads_in_under_a_second_the_second_time():
     assert y[np.argsort(index)][:20].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4, 3, 5, 3, 6, 1, 7, 2, 8, 6, 9]
 
 
-@pytest.mark.parametrize("name, begins", [("mnist", "72104149590690159734"), ("fashion_mnist", "92116146574573412480")])
+@pytest.mark.parametrize(
+    "name, begins",
+    [
+        ("mnist", "72104149590690159734"),
+        pytest.param("fashion_mnist", "92116146574573412480", marks=pytest.mark.slow),
+    ],
+)
 def test_mnist_index_is_the_official_one(name, begins, tmp_path):
     if not (TFDS / name).is_dir():
         pytest.skip(f"{name} is not prepared in TFDS_DATA_DIR")
