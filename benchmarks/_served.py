@@ -6,6 +6,7 @@ calls, so that they are timed in turn on a machine whose load changes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -13,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,23 @@ def serve(call: Callable[[], np.ndarray], out: Path, **facts: Any) -> None:
         print(json.dumps(times), flush=True)
 
 
+@contextlib.contextmanager
+def _on(cores: Sequence[int] | None) -> Iterator[None]:
+    """What is started here runs on these cores only: it inherits them of this thread, which has them for that long.
+
+    Code run between fork and exec would do it too, but a fork of a process with threads may deadlock.
+    """
+    if cores is None:
+        yield
+        return
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
 class Served:
     """The other end: starts the process (on the given cores only), and asks it for one timed call at a time.
 
@@ -78,15 +96,10 @@ class Served:
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
         flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
         env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": " ".join(flags)}  # one device with all cores
-        self._process = subprocess.Popen(
-            command,
-            cwd=root,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
-        )
+        with _on(cores):
+            self._process = subprocess.Popen(
+                command, cwd=root, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         self.facts = self._answer()
 
     def _answer(self) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The hypergradient benchmark: its processes measure what they say, and its keys are those promised."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +43,19 @@ serve(lambda: np.arange(3.0), Path({str(tmp_path / "out.npy")!r}), temp_mb=7.0)
         process.close()
     assert all(turn.keys() == {"seconds", "cpu_seconds"} and turn["seconds"] < 1 for turn in turns)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), np.arange(3.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux only")
+def test_a_process_gets_the_cores_it_is_given_and_this_one_keeps_its_own():
+    mine = os.sched_getaffinity(0)
+    core = max(mine)
+    code = "import os, json, sys; print(json.dumps({'cores': sorted(os.sched_getaffinity(0))}), flush=True); sys.stdin.read()"
+    process = _served.Served([sys.executable, "-c", code], [core])
+    try:
+        assert process.facts["cores"] == [core]
+    finally:
+        process.close()
+    assert os.sched_getaffinity(0) == mine
 
 
 def test_a_process_that_dies_says_so():
