@@ -53,7 +53,7 @@ def test_misled_is_the_mean_over_the_target_and_the_mean_over_the_rest():
 def test_head_trains_the_linear_path_alone_and_its_back_gradient_is_right():
     train, goal = threat.reserve(rows(10), rows(2, seed=1)), rows(6, seed=2)
     params = deep.init(jax.random.key(0), deep.CALM, 1)
-    trainer = deep.only_head(deep.CALM._replace(num_steps=10), 1.0)
+    trainer = deep.only_head(deep.CALM, 1.0)
     reach = threat.append_rows(2)
     loss = losses.empirical(losses.cross_entropy(deep.network(deep.CALM)))
 
