@@ -3,10 +3,13 @@
 Most of the suite's time is LLVM's, so programs are compiled without its expensive passes, except in modules marked
 `optimised`, which measure time or memory, and everywhere by XLA's former code generator for fusions, which halves the time,
 in one piece each: two workers on two cores have no core left for the pieces, and cutting costs a sixth of compilation.
+JAX makes an MLIR context for every program that it lowers, at 10 ms each; here 32 programs share one (more slow each other down).
 `JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs everything as users do. What a module compiled is kept on disk for the next ones
 of the same process (of no other: JAX does not write entries atomically).
 """
 
+import functools
+import itertools
 import os
 import tempfile
 
@@ -18,8 +21,13 @@ import pytest
 
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
-if QUICK and jax.__version__.startswith("0.10."):  # read at the first compilation; a release that lacks one would abort
+if QUICK and jax.__version__.startswith("0.10."):  # a release that lacks a flag would abort, at the first compilation
     os.environ["XLA_FLAGS"] = " ".join({*os.environ.get("XLA_FLAGS", "").split(), *FLAGS})
+    from jax._src.interpreters import mlir
+
+    made, make = itertools.count(), mlir.make_ir_context
+    context = functools.lru_cache(1)(lambda _: make())
+    mlir.make_ir_context = lambda: context(next(made) // 32)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
