@@ -52,7 +52,7 @@ def dataset(x: Any, y: Any, weight: Any = None) -> Data:
     Args:
       x: inputs `[n, ...]`, or a pytree of them.
       y: labels `[n]` or `[n, c]`.
-      weight: `[n]`, or None for ones, in the dtype of the first floating input.
+      weight: `[n]`, or None for ones, in the dtype of the first floating input; integers and booleans get that dtype too.
 
     Returns:
       The `Data`.
@@ -68,10 +68,10 @@ def dataset(x: Any, y: Any, weight: Any = None) -> Data:
     for leaf in leaves:
         if leaf.ndim == 0 or y.ndim == 0 or leaf.shape[0] != y.shape[0]:
             raise ValueError(f"x and y: expected the same number of rows, got {leaf.shape} and {y.shape}.")
-    if weight is None:
-        floating = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        weight = jnp.ones(y.shape[:1], floating[0] if floating else jnp.float32)
-    weight = jnp.asarray(weight)
+    floating = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    weight = jnp.ones(y.shape[:1], bool) if weight is None else jnp.asarray(weight)
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        weight = weight.astype(floating[0] if floating else jnp.float32)
     if weight.shape != y.shape[:1]:
         raise ValueError(f"weight: expected shape {y.shape[:1]}, got {weight.shape}.")
     return Data(x, y, weight)

@@ -9,8 +9,9 @@ import numpy as np
 
 
 def is_concrete(value: Any) -> bool:
-    """Whether the value can be looked at now (it is not a tracer)."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+    """Whether the value can be looked at now: no tracer, and no array of which other processes hold a part."""
+    seen = lambda leaf: not isinstance(leaf, jax.core.Tracer) and getattr(leaf, "is_fully_addressable", True)
+    return all(map(seen, jax.tree.leaves(value)))
 
 
 def at_least(name: str, value: Any, low: float) -> None:
@@ -51,6 +52,14 @@ def labels(name: str, y: Any, weight: Any, num_classes: int) -> None:
         seen = np.asarray(y)[np.asarray(weight) > 0]
         if seen.size and seen.dtype.kind in "iu" and (seen.min() < 0 or seen.max() >= num_classes):
             raise ValueError(f"{name}: expected labels in [0, {num_classes}), got {seen.min()} to {seen.max()}.")
+
+
+def binary(name: str, y: Any, weight: Any) -> None:
+    """Raises unless the labels of present rows are in {0, 1}, or in {-1, +1}. Tracers pass."""
+    if is_concrete((y, weight)):
+        found = np.unique(np.asarray(y)[np.asarray(weight) > 0]).tolist()
+        if y.ndim != 1 or not (set(found) <= {0, 1} or set(found) <= {-1, 1}):
+            raise ValueError(f"{name}: expected labels {{0, 1}} or {{-1, +1}}, [n], got {found[:5]} of shape {y.shape}.")
 
 
 def data(name: str, value: Any, num_classes: int | None = None) -> None:

@@ -223,6 +223,7 @@ def filter_top(
     def cut(score: jax.Array, subject: Data) -> tuple[jax.Array, jax.Array, dict]:
         group = jnp.zeros(score.shape, jnp.int32) if num_classes is None else subject.y
         present = subject.weight > 0
+        score = jnp.where(jnp.isnan(score), jnp.inf, score)  # what has no score is not to be trusted
         ordered = jnp.argsort(jnp.where(present, -score, jnp.inf), stable=True)
         ordered = ordered[jnp.argsort(jnp.where(present, group, num_classes or 1)[ordered], stable=True)]
         member = present[None] & (group[None] == jnp.arange(num_classes or 1, dtype=group.dtype)[:, None])
@@ -231,8 +232,9 @@ def filter_top(
         place = jnp.zeros(score.shape, jnp.int32).at[ordered].set(jnp.arange(score.size, dtype=jnp.int32))
         removed = jnp.floor(jnp.asarray(fraction, score.dtype) * count.astype(score.dtype) + 1e-6).astype(jnp.int32)
         keep = present & (place - first[group] >= removed[group])
-        at = lambda index: score[ordered[jnp.clip(index, 0, score.size - 1)]]
-        threshold = jnp.where(removed > 0, (at(first + removed - 1) + at(first + removed)) / 2, jnp.inf)
+        at = lambda place: score[ordered[jnp.clip(first + place, 0, score.size - 1)]]
+        kept = at(jnp.where(removed < count, removed, removed - 1))  # the highest; of none the last that went
+        threshold = jnp.where(removed > 0, (at(removed - 1) + kept) / 2, jnp.inf)
         for_people = (lambda v: v[0]) if num_classes is None else (lambda v: v)
         return keep, threshold[group], {"threshold": for_people(threshold), "num_removed": for_people(removed)}
 
@@ -281,7 +283,8 @@ def _filter(scorer: Scorer, cut: Callable, gradient: Surrogate, reads_model: boo
         if isinstance(gradient, (Soft, StraightThrough)):
             finite = jnp.isfinite(threshold)
             gap = jnp.where(finite, threshold - score, 0)
-            smooth = jnp.where(finite, jax.nn.sigmoid(gap / jnp.asarray(gradient.temperature, score.dtype)), 1)
+            smooth = jax.nn.sigmoid(gap / jnp.asarray(gradient.temperature, score.dtype))
+            smooth = jnp.where(finite & ~jnp.isnan(score), smooth, factor)
             hard = factor + smooth - jax.lax.stop_gradient(smooth)
             factor = smooth if isinstance(gradient, Soft) else hard
         weight = subject.weight * factor.astype(subject.weight.dtype)
@@ -331,4 +334,7 @@ def defended(
         info = {"before": before_info, "train": train_info, "after": after_info, "weight": clean.weight}
         return trained, info
 
-    return Trainer(fit)
+    def batched(transform: BatchTransform) -> Trainer:
+        return defended(inner.batched(transform), before=before, after=after, known=known)
+
+    return Trainer(fit, batched=None if getattr(inner, "batched", None) is None else batched)

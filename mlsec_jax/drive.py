@@ -64,6 +64,7 @@ def drive(
       `(state, infos)`; `infos` are NumPy arrays with a leading `[num_steps]` axis (JAX keys where the info held keys).
 
     Raises:
+      ValueError: before computing, what `algorithm.init` says of bad data.
       OSError: before computing, if the folder cannot be written.
       ValueError: before computing, if the folder holds a checkpoint of another run (name, key, subject, known, the
         state's structure or, when `exact`, the program) or one past `num_steps`. No checkpoint is touched.
@@ -91,6 +92,7 @@ def drive(
         folder = _checkpoint.writable(checkpoint_dir)
 
     subject, known = jax.device_put((subject, known))
+    jax.eval_shape(lambda key: algorithm.init(key, subject, known), key)  # the host border: compiled, init sees no values
     plan = _plan(algorithm, key, subject, known, chunk)
     state: list[jax.Array] | None = None
     done = 0

@@ -22,11 +22,25 @@ def dense(matvec: Matvec, like: Any) -> jax.Array:
 
 
 def cholesky_solve(matvec: Matvec, b: Any) -> Any:
-    """Solves `A x = b` for a symmetric positive definite map by forming A: O(p³) time, O(p²) memory."""
+    """Solves `A x = b` for a symmetric positive semi-definite map by forming A: O(p³) time, O(p²) memory.
+
+    With b in A's range, so that a singular A is one whose null directions do nothing: `damped`, refined once.
+    """
     flat, unravel = ravel_pytree(b)
     matrix = dense(matvec, b)
-    factor = jax.scipy.linalg.cho_factor((matrix + matrix.T) / 2)
-    return unravel(jax.scipy.linalg.cho_solve(factor, flat))
+    matrix = (matrix + matrix.T) / 2
+    factor = jax.scipy.linalg.cho_factor(damped(matrix))
+    x = jax.scipy.linalg.cho_solve(factor, flat)
+    return unravel(x + jax.scipy.linalg.cho_solve(factor, flat - matrix @ x))
+
+
+def damped(matrix: jax.Array) -> jax.Array:
+    """`A + 4 ε tr(A) I`, ε the machine's: regular for a positive semi-definite A.
+
+    Such is the Hessian of a softmax with biases that no penalty holds: added to all of them a constant changes nothing.
+    """
+    level = 4 * jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
+    return matrix + level * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
 
 def lu_solve(matvec: Matvec, b: Any) -> Any:
@@ -173,16 +187,26 @@ def descend_in_hull(gram: jax.Array, num_steps: int) -> jax.Array:
     return jax.lax.fori_loop(0, num_steps, step, jnp.full(k, 1 / k, gram.dtype))
 
 
-def top_eigenvector(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, *, num_steps: int = 32) -> jax.Array:
+def top_eigenvector(
+    matvec: Callable[[jax.Array], jax.Array],
+    start: jax.Array,
+    *,
+    num_steps: int = 32,
+    tolerance: float = 1e-3,
+    max_rounds: int = 16,
+) -> jax.Array:
     """The unit eigenvector of the largest eigenvalue of a symmetric positive semi-definite map, by Lanczos.
 
-    Reorthogonalised fully. Its derivative is that of the eigenvector itself (implicit: `(A - λ I) dv = -(I - v vᵀ) dA v`, by
-    conjugate gradients), not of the iteration; it is meaningful where the largest eigenvalue is simple.
+    Reorthogonalised fully, and begun again from the vector found until `‖A v - λ v‖ ≤ tolerance λ`. Its derivative is that
+    of the eigenvector itself (implicit: `(A - λ I) dv = -(I - v vᵀ) dA v`, by conjugate gradients), not of the iteration; it
+    is meaningful where the largest eigenvalue is simple.
 
     Args:
       matvec: `[..., d] -> [..., d]`, for each leading index a map of its own.
       start: `[..., d]`, not orthogonal to the answers; their signs are arbitrary.
-      num_steps: static; at most d are taken.
+      num_steps: of a round, static; at most d are taken.
+      tolerance: of the residual; the vector's own error is that times `λ / (λ - λ₂)`.
+      max_rounds: after as many the vector is returned as it is.
 
     Returns:
       `[..., d]`; the start, normalised, for the zero map.
@@ -208,14 +232,21 @@ def top_eigenvector(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, 
         done = beta <= 100 * tiny * size
         return (basis, jnp.where(done, 0, rest / jnp.where(done, 1, beta))), (along[..., 0], jnp.where(done, 0, beta)[..., 0])
 
-    first = unit(jax.lax.stop_gradient(start))
-    (basis, _), (alpha, beta) = jax.lax.scan(body, (jnp.zeros((num_steps, *start.shape), start.dtype), first),
-                                             jnp.arange(num_steps))  # fmt: skip
     diagonal = lambda values, k: jnp.vectorize(lambda v: jnp.diag(v, k), signature="(m)->(l,l)")(jnp.moveaxis(values, 0, -1))
-    off = diagonal(beta[:-1], 1)
-    _, ritz = jnp.linalg.eigh(diagonal(alpha, 0) + off + jnp.swapaxes(off, -1, -2))
-    v = unit(jnp.sum(jnp.moveaxis(ritz[..., -1], -1, 0)[..., None] * basis, axis=0))
-    v = jax.lax.stop_gradient(jnp.where(dot(v, v) > 0, v, first))
+
+    def one_round(carry: tuple) -> tuple:
+        rounds, first, _ = carry
+        none = (jnp.zeros((num_steps, *start.shape), start.dtype), first)
+        (basis, _), (alpha, beta) = jax.lax.scan(body, none, jnp.arange(num_steps))
+        off = diagonal(beta[:-1], 1)
+        values, ritz = jnp.linalg.eigh(diagonal(alpha, 0) + off + jnp.swapaxes(off, -1, -2))
+        v = unit(jnp.sum(jnp.moveaxis(ritz[..., -1], -1, 0)[..., None] * basis, axis=0))
+        far = beta[-1] * jnp.abs(ritz[..., -1, -1]) > jnp.asarray(tolerance, start.dtype) * values[..., -1]
+        return rounds + 1, jnp.where(dot(v, v) > 0, v, first), jnp.any(far)
+
+    begin = (0, unit(jax.lax.stop_gradient(start)), jnp.array(True))
+    _, v, _ = jax.lax.while_loop(lambda carry: carry[2] & (carry[0] < max_rounds), one_round, begin)
+    v = jax.lax.stop_gradient(v)
 
     def negative(u: jax.Array) -> jax.Array:
         """λ I - A on the complement of v, and 2 λ + 2 along it: positive definite where λ is simple."""

@@ -39,15 +39,22 @@ def cross_entropy(apply_fn: ApplyFn) -> LossFn:
         if data.y.ndim == 2:
             return loss
         checks.labels("data.y", data.y, data.weight, num_classes)
-        return jnp.where((data.y >= 0) & (data.y < num_classes), loss, jnp.nan)
+        return loss * _known(data, num_classes, loss.dtype)
 
     return loss_fn
 
 
+def _known(data: Data, num_classes: int, dtype: Any) -> jax.Array:
+    """1 for absent rows and labels in `[0, num_classes)`, else NaN, which a factor passes on to every derivative."""
+    fine = (data.weight <= 0) | ((data.y >= 0) & (data.y < num_classes))
+    return jnp.where(fine, jnp.ones((), dtype), jnp.nan)
+
+
 def _signed(apply_fn: ApplyFn, params: Params, data: Data, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """One real output a row, and its label in {-1, +1} (from {0, 1} or {-1, +1})."""
+    """One real output a row, and its label in {-1, +1} (from {0, 1} or {-1, +1}; others raise where they can be seen)."""
     out = apply_fn(params, data.x, key)
     out = out.reshape(out.shape[0])
+    checks.binary("data.y", data.y, data.weight)
     return out, jnp.where(data.y > 0, 1, -1).astype(out.dtype)
 
 
@@ -90,18 +97,20 @@ def margin(apply_fn: ApplyFn, floor: float = -100.0) -> LossFn:
 
     def loss_fn(params: Params, data: Data, key: jax.Array | None = None) -> jax.Array:
         logits = apply_fn(params, data.x, key)
+        checks.labels("data.y", data.y, data.weight, logits.shape[-1])
         label = jax.nn.one_hot(data.y, logits.shape[-1], dtype=logits.dtype)
         chosen = jnp.sum(logits * label, axis=-1)
         other = jnp.max(jnp.where(label > 0, -jnp.inf, logits), axis=-1)
-        return jnp.maximum(other - chosen, floor)
+        return jnp.maximum(other - chosen, floor) * _known(data, logits.shape[-1], logits.dtype)
 
     return loss_fn
 
 
 def present(data: Data) -> Data:
-    """The same data with the inputs of weight-0 rows replaced by zeros, so that a NaN there cannot leak."""
+    """The same data with the inputs and real labels of weight-0 rows replaced by zeros, so that a NaN there cannot leak."""
     keep = data.weight > 0
-    return data._replace(x=jax.tree.map(lambda x: jnp.where(tree.per_row(keep, x), x, jnp.zeros_like(x)), data.x))
+    seen = lambda leaf: jnp.where(tree.per_row(keep, leaf), leaf, jnp.zeros_like(leaf))
+    return data._replace(x=jax.tree.map(seen, data.x), y=seen(data.y) if tree.is_float(data.y) else data.y)
 
 
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ import optax
 import pytest
 
 import mlsec_jax as mj
-from mlsec_jax import attacks, bilevel, checks, combine, losses, threat
+from mlsec_jax import attacks, bilevel, checks, combine, losses, measure, scores, threat
+from mlsec_jax.drive import drive
 from tests import oracles, problems
 
 KEY = jax.random.key(0)
@@ -82,3 +83,75 @@ def test_a_trainer_that_cannot_be_differentiated_is_noticed():
 def test_shapes_and_typos_are_named(call, match):
     with pytest.raises((ValueError, TypeError), match=match):
         call()
+
+
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        (lambda s, k: (s._replace(x=s.x.at[3, 1].set(jnp.nan)), k), r"subject\.x: expected finite"),
+        (lambda s, k: (s._replace(y=s.y.at[0].set(7)), k), r"labels in \[0, 3\)"),
+        (lambda s, k: (s, k.replace(goal=k.goal._replace(x=k.goal.x * jnp.nan))), r"known\.goal\.x: expected finite"),
+    ],
+)
+def test_drive_looks_at_the_data_before_it_compiles(change, match):
+    problem = problems.make()
+    with pytest.raises(ValueError, match=match):
+        drive(attack(problem), KEY, *change(problem.train, problem.known), num_steps=1)
+
+
+THREE = mj.dataset(jnp.zeros((3, 1)), jnp.array([0, 1, 2]))
+
+
+def three_classes(scorer):
+    return scorer(KEY, None, THREE, mj.Known())
+
+
+def few_clean_rows():
+    clean = mj.dataset(jnp.ones((80, 2)), jnp.zeros(80, jnp.int32), jnp.zeros(80).at[:20].set(1.0))
+    scorer = scores.roni(lambda params, x, key=None: x @ params, lambda key, params, data: (params, {}))
+    return scorer(KEY, jnp.eye(2), mj.dataset(jnp.ones((3, 2)), jnp.zeros(3, jnp.int32)), mj.Known(clean=clean))
+
+
+@pytest.mark.parametrize(
+    "call,match",
+    [
+        (lambda: three_classes(scores.sphere()), r"labels \{0, 1\} or"),
+        (lambda: three_classes(scores.slab()), r"labels \{0, 1\} or"),
+        (lambda: losses.margin(lambda params, x, key=None: jnp.ones((3, 2)))(None, THREE), r"labels in \[0, 2\)"),
+        (lambda: losses.hinge(lambda params, x, key=None: x)(None, THREE), r"labels \{0, 1\} or"),
+        (few_clean_rows, "at most the 20 rows of known.clean"),
+        (lambda: threat.additive(jnp.full((2, 2, 1), 0.9), radius=8 / 255), "pattern: expected at most radius"),
+        (lambda: threat.corners(jnp.ones((3, 3, 1)))(None, jnp.zeros((1, 4, 4, 1))), "side by side"),
+        (lambda: threat.to_class(7)(jnp.ones((2, 3))), "less than the 3 classes"),
+        (lambda: measure.accuracy(jnp.ones((2, 1)), mj.dataset(jnp.ones((2, 1)), jnp.array([0, 1]))), "c > 1"),
+    ],
+)  # fmt: skip
+def test_what_would_be_a_wrong_number_is_one_sentence(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_a_diverged_model_is_never_right():
+    rows = mj.dataset(jnp.ones((2, 1)), jnp.array([0, 1]))
+    assert float(measure.accuracy(jnp.full((2, 3), jnp.nan), rows)) == 0
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_base_outside_the_box_stays_in_its_ball(norm):
+    rows = mj.dataset(jnp.array([[-2.0, 0.5, 3.0]]), jnp.array([0]))
+    far = rows.x + jnp.array([[9.0, -9.0, -9.0]])
+    for radius in (0.0, 0.125):
+        reach = threat.perturb_rows(jnp.array([0]), radius=radius, norm=norm)
+        assert oracles.trees_equal(reach.project(rows.x, rows), rows.x)
+        assert float(jnp.max(jnp.abs(reach.project(far, rows) - rows.x))) <= radius
+
+
+def test_weights_may_be_integers_or_a_mask_and_absent_labels_anything():
+    x = jnp.zeros((4, 1))
+    keep = combine.filter_top(lambda *_: jnp.arange(4.0), fraction=0.5, gradient=combine.soft(1.0), reads_model=False)
+    kept = [keep(KEY, mj.dataset(x, jnp.zeros(4, jnp.int32), jnp.ones(4, kind)), mj.Known())[0].weight
+            for kind in (jnp.float32, jnp.int32, bool)]  # fmt: skip
+    assert oracles.trees_equal(kept[0], kept[1]) and oracles.trees_equal(kept[0], kept[2])
+    squared = losses.empirical(losses.squared(lambda params, x, key=None: x @ params))
+    rows = mj.dataset(jnp.ones((2, 1)), jnp.array([0.0, jnp.nan]), jnp.array([1.0, 0.0]))
+    assert bool(jnp.all(jnp.isfinite(jax.grad(squared)(jnp.ones(1), rows))))

@@ -211,3 +211,25 @@ def test_filter_top_of_each_class_is_the_filter_of_each_class_alone():
         alone, its = combine.filter_top(scorer, **options)(jax.random.key(0), only, mj.Known())
         assert jnp.allclose(jnp.where(y == c, both.weight, 0), alone.weight)
         assert info["threshold"][c] == its["threshold"] and info["num_removed"][c] == its["num_removed"]
+
+
+def test_defended_trainers_nest():
+    problem = problems.make()
+    inner = combine.defended(bilevel.unrolled(problem.loss_fn, optax.sgd(0.1), 2), after=[lambda key, p, known: (p, {})])
+    halved = lambda key, batch: batch._replace(x=batch.x / 2)
+    twice = combine.defended(inner, during=halved)
+    alone = combine.defended(bilevel.unrolled(problem.loss_fn, optax.sgd(0.1), 2), during=halved)
+    key = jax.random.key(0)
+    once = jax.random.split(key, 4)[2]  # what `defended` gives its trainer
+    found = twice(key, problem.params, problem.train)[0]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone(once, problem.params, problem.train)[0])):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_filter_removes_what_has_no_score_first_and_all_of_a_class_softly():
+    rows = mj.dataset(jnp.zeros((4, 1)), jnp.array([0, 0, 1, 1]))
+    lost = combine.filter_top(lambda *_: jnp.array([0.0, jnp.nan, 2.0, 1.0]), fraction=0.25, reads_model=False)
+    assert lost(jax.random.key(0), rows, mj.Known())[0].weight.tolist() == [1, 0, 1, 1]
+    options = {"fraction": 1.0, "gradient": combine.soft(0.1), "reads_model": False, "num_classes": 2}
+    weight = combine.filter_top(lambda *_: jnp.arange(4.0), **options)(jax.random.key(0), rows, mj.Known())[0].weight
+    np.testing.assert_allclose(weight, [0.5, 0, 0.5, 0], atol=1e-3)

@@ -59,3 +59,10 @@ def test_descent_ends_at_the_nearest_point_and_never_rises(x64):
 def test_points_that_coincide_with_the_origin_are_a_solution():
     c = linalg.nearest_in_hull(jnp.zeros((3, 3)))
     assert float(jnp.sum(c)) == 1 and not bool(jnp.any(jnp.isnan(c)))
+
+
+def test_a_singular_matrix_has_the_least_solution_where_nothing_depends_on_its_null_space(x64):
+    root = np.random.default_rng(0).normal(size=(6, 4))
+    matrix, b = root @ root.T, root @ np.arange(4.0)
+    matvec = jax.jit(lambda b: linalg.cholesky_solve(lambda v: jnp.asarray(matrix) @ v, b))
+    np.testing.assert_allclose(matrix @ matvec(jnp.asarray(b)), b, atol=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Required, TypedDict
 
@@ -46,7 +47,11 @@ def unit_rows(step_size: Any) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        square = sum(jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(updates))
+        over = lambda leaf: tuple(range(1, leaf.ndim))
+        peaks = [jnp.max(jnp.abs(leaf), axis=over(leaf), initial=0) for leaf in jax.tree.leaves(updates)]
+        exponent = jnp.frexp(functools.reduce(jnp.maximum, peaks))[1]  # by a power of two: no bit changes, nothing underflows
+        updates = jax.tree.map(lambda leaf: jnp.ldexp(leaf, -tree.per_row(exponent, leaf)), updates)
+        square = sum(jnp.sum(jnp.square(leaf), axis=over(leaf)) for leaf in jax.tree.leaves(updates))
         inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
         scale = lambda leaf: -jnp.asarray(step_size, leaf.dtype) * leaf * tree.per_row(inverse, leaf)
         return jax.tree.map(scale, updates), state
@@ -120,16 +125,19 @@ def bilevel(
         return jax.tree.leaves(poison)[0].shape[0] if threat.rows is not None else 1
 
     def with_present(poison: Any, subject: Data, present: jax.Array) -> Data:
-        """The training set in which only the poisons that are present count."""
+        """The training set with the poisons that are present; what another one will replace is still as it was."""
         data = threat.embed(poison, subject)
         if threat.rows is None:
             return data
-        factor = jnp.ones_like(data.weight).at[jnp.asarray(threat.rows)].set(present.astype(data.weight.dtype))
-        return data._replace(weight=data.weight * factor)
+        there = jnp.ones(data.num_rows, bool).at[jnp.asarray(threat.rows)].set(present)
+        pick = lambda new, old: new if new is old else jnp.where(tree.per_row(there, new), new, old)
+        return jax.tree.map(pick, data, subject)
 
     def init(key: Key, subject: Data, known: Known) -> BilevelState:
         checks.data("subject", subject)
         goal, params = needed(known)
+        if isinstance(goal, Data):
+            checks.data("known.goal", goal)
         if checks.is_concrete((subject, known)):  # the host border: what loss and trainer check of concrete data
             jax.eval_shape(lambda start: outer(trainer(jax.random.key(0), start, subject)[0], subject, goal), params)
         poison = threat.project(threat.init(key, subject), subject)
@@ -151,7 +159,7 @@ def bilevel(
         if threat.rows is not None:
             rows = jnp.asarray(threat.rows)
             gradient = jax.tree.map(lambda g: jnp.where(tree.per_row(moving, g), g, 0), gradient)
-            nonzero = [jnp.any(g != 0, axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradient)]
+            nonzero = [jnp.any(jnp.isfinite(g) & (g != 0), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradient)]
             kept = (info.get("weight", weight) if isinstance(info, dict) else weight)[rows] > 0
             alive = jnp.sum(jnp.any(jnp.stack(nonzero), axis=0) & kept)
         moved, opt_state = loop.apply_optimizer(optimizer, gradient, state.optimizer, state.poison)

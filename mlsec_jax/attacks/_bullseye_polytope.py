@@ -57,4 +57,4 @@ def _relative(difference: jax.Array, target: jax.Array) -> jax.Array:
     """`‖difference‖ / ‖target‖`, whose derivative at zero is zero."""
     square = jnp.sum(difference**2)
     length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-    return length / jnp.linalg.norm(target)
+    return length / jnp.sqrt(_craft.square(target))

@@ -55,7 +55,7 @@ def convex_polytope(
         for leaf, t in zip(features(key, params, poisons.x), aim, strict=True):
             difference = leaf - t[None]
             c = coefficients_fn(jax.lax.stop_gradient(difference @ difference.T))
-            terms.append(jnp.sum((c @ difference) ** 2) / (2 * jnp.sum(t**2)))
+            terms.append(jnp.sum((c @ difference) ** 2) / (2 * _craft.square(t)))
             coefficients.append(c)
         return _craft.mean_of(terms), {"coefficients": jnp.stack(coefficients)}
 

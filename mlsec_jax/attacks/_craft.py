@@ -93,15 +93,28 @@ def drawn(features_fn: ApplyFn, num_draws: int) -> Callable[[Key, Params, Any], 
     return features
 
 
-def target_features(features_fn: ApplyFn, num_draws: int = 0) -> Prepare:
-    """Prepares the target's features, `[d]` for every leaf: the weighted mean over the goal's rows (multi-target)."""
+def target_features(features_fn: ApplyFn, num_draws: int = 0, *, relative: bool = True) -> Prepare:
+    """Prepares the target's features, `[d]` for every leaf: the weighted mean over the goal's rows (multi-target).
+
+    Relative distances have no meaning where they are all zero, which raises unless they are traced.
+    """
     features = drawn(features_fn, num_draws)
 
     def prepare(key: Key, params: Params, goal: Data) -> list[jax.Array]:
         found = features(key, params, losses.present(goal).x)
-        return [mean_row(leaf, goal.weight) for leaf in found]
+        aim = [mean_row(leaf, goal.weight) for leaf in found]
+        if relative and checks.is_concrete(aim) and not all(jnp.any(leaf != 0) for leaf in aim):
+            sizes = [float(jnp.linalg.norm(leaf)) for leaf in aim]
+            raise ValueError(f"known.goal: expected features that are not all zero in every layer, got norms {sizes}.")
+        return aim
 
     return prepare
+
+
+def square(aim: jax.Array) -> jax.Array:
+    """`‖t‖²`, what squared distances are divided by; 1 where it is zero."""
+    total = jnp.sum(aim**2)
+    return jnp.where(total > 0, total, 1)
 
 
 def mean_row(values: jax.Array, weight: jax.Array) -> jax.Array:

@@ -89,11 +89,11 @@ def feature_collision(
     checks.between("shrink", shrink, 0, 1)
     checks.at_least("grow", grow, 1)
     features = _craft.drawn(features_fn, num_draws)
-    prepare = _craft.target_features(features_fn, num_draws)
+    prepare = _craft.target_features(features_fn, num_draws, relative=relative)
 
     def distances(key: Key, params: Params, x: jax.Array, aim: list[jax.Array]) -> jax.Array:
         """The first term, for each poison `[k]`."""
-        scale = lambda t: jnp.sum(t**2) if relative else 1
+        scale = lambda t: _craft.square(t) if relative else 1
         apart = lambda leaf, t: jnp.sum((leaf - t[None]) ** 2, axis=1) / scale(t)
         return _craft.mean_of([apart(leaf, t) for leaf, t in zip(features(key, params, x), aim, strict=True)])
 

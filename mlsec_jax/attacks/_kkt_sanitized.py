@@ -247,6 +247,10 @@ def kkt_sanitized(
         start = known.require("params", by="attacks.kkt_sanitized")
         holdout = known.require("holdout", by="attacks.kkt_sanitized")
         checks.data("subject", subject)
+        checks.binary("subject.y", subject.y, subject.weight)
+        checks.data("known.holdout", holdout)
+        if checks.is_concrete(subject) and np.ptp(np.asarray(subject.y)[np.asarray(subject.weight) > 0]) == 0:
+            raise ValueError("subject.y: expected rows of both classes, got one.")
         first = subject.num_rows - num_poisons
         if first < 0 or (checks.is_concrete(subject.weight) and np.any(np.asarray(subject.weight)[first:] > 0)):
             raise ValueError(f"num_poisons: expected {num_poisons} reserved rows at the end (threat.reserve).")

@@ -23,7 +23,10 @@ def gradient(loss_fn: LossFn, params: Params, data: Data, trainable: tree.Where 
 def matcher(
     loss_fn: LossFn, augment_fn: Augment | None, batch_size: int | None, trainable: tree.Where
 ) -> Callable[[Key, Params, Data, Params], jax.Array]:
-    """`(key, params, poisons, aim) -> cosine`: between the aim and gradients of shuffled batches of poisons, their mean."""
+    """`(key, params, poisons, aim) -> cosine`: between the aim and gradients of shuffled batches of poisons, their mean.
+
+    Every poison is in one batch; the last may have fewer.
+    """
     if batch_size is not None:
         checks.count("batch_size", batch_size, 1)
 
@@ -32,20 +35,23 @@ def matcher(
         size = k if batch_size is None else min(batch_size, k)
         order_key, augment_key = jax.random.split(key)
         order = jnp.arange(k) if size == k else jax.random.permutation(order_key, k)
+        batches = -(-k // size)
+        order = jnp.pad(order, (0, batches * size - k))  # rows that fill up the last batch weigh 0
 
         def batch(b: jax.Array) -> jax.Array:
             data = tree.take(poisons, jax.lax.dynamic_slice_in_dim(order, b * size, size))
+            if k % size:
+                data = data._replace(weight=jnp.where(b * size + jnp.arange(size) < k, data.weight, 0))
             if augment_fn is not None:
                 data = augment_fn(jax.random.fold_in(augment_key, b), data)
             return _cosine(gradient(loss_fn, params, data, trainable), aim)
 
-        return jnp.mean(jax.lax.map(batch, jnp.arange(k // size)))
+        return jnp.mean(jax.lax.map(batch, jnp.arange(batches)))
 
     return cosine
 
 
 def _cosine(a: Params, b: Params) -> jax.Array:
     """The cosine between two gradients; 0, with derivative 0, where one of them vanishes: there is nothing to learn."""
-    squares = tree.dot(a, a) * tree.dot(b, b)
-    inverse = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
-    return tree.dot(a, b) * inverse
+    inverse = lambda square: jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+    return tree.dot(a, b) * inverse(tree.dot(a, a)) * inverse(tree.dot(b, b))

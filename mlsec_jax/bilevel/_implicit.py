@@ -79,7 +79,7 @@ def newton(*, num_steps: int = 20, tolerance: float = 1e-12) -> Solver:
 
         def body(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             w, g, k = carry
-            step = jnp.linalg.solve(hessian(w), g)
+            step = jnp.linalg.solve(linalg.damped(hessian(w)), g)
             sizes = 0.5 ** jnp.arange(12, dtype=w.dtype)
             values = jax.lax.map(lambda size: value(w - size * step), sizes)
             start = value(w)
@@ -91,8 +91,8 @@ def newton(*, num_steps: int = 20, tolerance: float = 1e-12) -> Solver:
         def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             return (jnp.linalg.norm(carry[1]) > tolerance) & (carry[2] < num_steps)
 
-        w, _, k = jax.lax.while_loop(unfinished, body, (flat, gradient(flat), jnp.zeros((), jnp.int32)))
-        return unravel(w), {"num_steps": k}
+        w, g, k = jax.lax.while_loop(unfinished, body, (flat, gradient(flat), jnp.zeros((), jnp.int32)))
+        return unravel(jnp.where(jnp.isfinite(jnp.linalg.norm(g)), w, jnp.nan)), {"num_steps": k}
 
     return solve
 

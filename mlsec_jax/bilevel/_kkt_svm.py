@@ -96,6 +96,7 @@ def kkt_svm(
     kernel = kernel or linear()
 
     def prepare(data: Data) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        checks.binary("data.y", data.y, data.weight)
         x = losses.present(data).x
         x = x.reshape(x.shape[0], -1)
         sign = jnp.where(data.y > 0, 1, -1).astype(x.dtype)

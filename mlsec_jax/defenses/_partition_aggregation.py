@@ -47,7 +47,8 @@ def partition_aggregation(
       apply_fn: `(params, x, key=None) -> logits [m, c]`.
       num_partitions: k, static.
       capacity: rows of the largest partition that are trained on, static; what lies beyond, in the partition's own
-        order, is left out, which costs accuracy and never the proof. None: all rows of the data, for toys.
+        order, is left out, which costs accuracy and never the proof. None: all rows of the data, for toys, whose number the
+        attacker must not change: the proof then holds for rows that fill reserved ones (of weight 0), not for appended ones.
       labels_only: see above.
       hash_fn: `x [n, ...] -> [n]` integers, a function of each row alone; None: of the bits of x. Published:
         `lambda x: jnp.sum(jnp.round(255 * x), axis=(1, 2, 3)).astype(jnp.int32)`. Not used with `labels_only`.

@@ -58,7 +58,7 @@ def noise_weights(scale: Any) -> Transform:
             if tree.is_float(leaf):
                 size = jnp.sqrt(jnp.mean(jnp.square(leaf)))
                 noise = jnp.asarray(scale, leaf.dtype) * size * jax.random.normal(k, leaf.shape, leaf.dtype)
-                leaf, square = leaf + noise, square + jnp.sum(jnp.square(noise)).astype(square.dtype)
+                leaf, square = jnp.where(noise == 0, leaf, leaf + noise), square + jnp.sum(jnp.square(noise)).astype(square.dtype)
             moved.append(leaf)
         return jax.tree.unflatten(structure, moved), {"distance": jnp.sqrt(square)}
 

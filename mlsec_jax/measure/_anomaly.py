@@ -28,6 +28,8 @@ def anomaly_index(values: jax.Array) -> jax.Array:
     [6.07, 0.67, 0.0, -0.67, -1.35]
     """
     values = jnp.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        values = values.astype(jnp.result_type(float))  # such as counts of pixels
     below = jnp.median(values, axis=-1, keepdims=True) - values
     deviation = jnp.asarray(1.4826, values.dtype) * jnp.median(jnp.abs(below), axis=-1, keepdims=True)
     return jnp.where(below == 0, 0, below / deviation)

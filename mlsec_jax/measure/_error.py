@@ -13,12 +13,12 @@ from mlsec_jax.measure._interval import wilson
 
 
 def _labels(name: str, values: jax.Array) -> jax.Array:
-    """Integer labels `[n]` as they are; logits, probabilities or soft labels `[n, c]` by their largest entry."""
+    """Integer labels `[n]` as they are; logits, probabilities or soft labels `[n, c]` by their largest entry, -1 with NaN."""
     values = jnp.asarray(values)
-    if values.ndim == 2:
-        return jnp.argmax(values, axis=1)
+    if values.ndim == 2 and values.shape[1] > 1:
+        return jnp.where(jnp.any(jnp.isnan(values), axis=1), -1, jnp.argmax(values, axis=1))
     if values.ndim != 1 or not jnp.issubdtype(values.dtype, jnp.integer):
-        raise ValueError(f"{name}: expected integer [n] or real [n, c], got {values.dtype} of shape {values.shape}.")
+        raise ValueError(f"{name}: expected integer [n] or real [n, c], c > 1, got {values.dtype} of shape {values.shape}.")
     return values
 
 
@@ -34,7 +34,7 @@ def accuracy(predicted: jax.Array, data: base.Data) -> jax.Array:
     """The weighted share of rows predicted as their label: Σ w 1{ŷ = y} / Σ w.
 
     Args:
-      predicted: labels `[n]`, or logits `[n, c]` (the first of the largest entries wins).
+      predicted: labels `[n]`, or logits `[n, c]` (the first of the largest entries wins; with a NaN none does).
       data: `n` rows; soft labels count by their largest entry.
 
     Returns:
@@ -108,7 +108,8 @@ def confusion(predicted: jax.Array, data: base.Data, num_classes: int) -> jax.Ar
     predicted, true = (jnp.where(data.weight > 0, labels, 0) for labels in _compared(predicted, data))
     checks.between("data.y", true, 0, num_classes - 1)
     checks.between("predicted", predicted, 0, num_classes - 1)
-    return jnp.zeros((num_classes, num_classes), data.weight.dtype).at[true, predicted].add(data.weight)
+    weight = jnp.where(predicted < 0, jnp.nan, data.weight)
+    return jnp.zeros((num_classes, num_classes), data.weight.dtype).at[true, predicted].add(weight)
 
 
 class AttackSuccess(NamedTuple):

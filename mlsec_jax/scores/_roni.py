@@ -42,8 +42,9 @@ def roni(
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         clean = known.require("clean", by="scores.roni")
-        if num_train + num_quiz > clean.num_rows:
-            raise ValueError(f"num_train + num_quiz: expected at most the {clean.num_rows} rows of known.clean, "
+        there = int(jnp.sum(clean.weight > 0)) if checks.is_concrete(clean.weight) else clean.num_rows
+        if num_train + num_quiz > there:
+            raise ValueError(f"num_train + num_quiz: expected at most the {there} rows of known.clean, "
                              f"got {num_train + num_quiz}.")  # fmt: skip
         params, data, clean = no_derivative("scores.roni", (params, losses.present(data), losses.present(clean)))
         drawn, nobody = tree.take(data, jnp.zeros(1, jnp.int32)), jnp.zeros(1, data.weight.dtype)

@@ -17,15 +17,16 @@ def spectral(features_fn: ApplyFn, *, num_classes: int, centred: bool = True, nu
     The published defense removes `1.5 ε n_y` rows of every class and trains once more:
     `filter_top(spectral(…), fraction=1.5 * eps, num_classes=…)`.
 
-    All classes are one program, which reads the features once a Lanczos step and forms no matrix of `d x d`. The derivative
-    with respect to the data goes through v (`linalg.top_eigenvector`), so that an adaptive attack sees the defense.
+    All classes are one program, which reads the features once a Lanczos step (one round of them where a direction stands
+    out) and forms no matrix of `d x d`. The derivative with respect to the data goes through v (`linalg.top_eigenvector`),
+    so that an adaptive attack sees the defense.
 
     Args:
       features_fn: `(params, x, key=None) -> [n, ...]`, flattened.
       num_classes: static; labels are integers below it.
       centred: False scores `|φ(x_i) · v_y|` without centring it, as the original code does (v is of the centred matrix
         there too): it ranks by the class mean as well, and is here for comparison only.
-      num_steps: of Lanczos, static.
+      num_steps: of a round of Lanczos, static; rounds follow until `linalg.top_eigenvector`'s tolerance is met.
 
     Returns:
       A `Scorer`; rows of weight 0 score 0.

@@ -21,6 +21,7 @@ def centroids(data: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
       `(rows [n, d], means [2, d], member [2, n])`: flattened inputs, the means of the negative and the positive class,
       and each row's weight in either.
     """
+    checks.binary("data.y", data.y, data.weight)
     x = losses.present(data).x
     rows = x.reshape(x.shape[0], -1)
     weight = data.weight.astype(rows.dtype)
@@ -37,7 +38,15 @@ def axis_of(means: jax.Array) -> jax.Array:
 
 
 def sphere() -> Scorer:
-    """The distance to the centroid of the row's own class, `‖x - μ_y‖`."""
+    """The distance to the centroid of the row's own class, of two, `‖x - μ_y‖`.
+
+    Threat: changes - nothing; sees - the training rows; budget - none; assumes - poisons lie far out in their class.
+
+    Returns:
+      A `Scorer` of two classes, labelled {0, 1} or {-1, +1}, in the inputs' own units; other labels raise.
+
+    References: Steinhardt, Koh & Liang, "Certified Defenses for Data Poisoning Attacks", NeurIPS 2017, section 2.1.
+    """
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         del key, params, known
@@ -49,7 +58,15 @@ def sphere() -> Scorer:
 
 
 def slab() -> Scorer:
-    """The distance to the class centroid along the line between centroids, `|(x - μ_y)ᵀ(μ_+ - μ_-)| / ‖μ_+ - μ_-‖`."""
+    """The distance to the class centroid along the line between centroids, `|(x - μ_y)ᵀ(μ_+ - μ_-)| / ‖μ_+ - μ_-‖`.
+
+    Threat: changes - nothing; sees - the training rows; budget - none; assumes - poisons lie far out along that line.
+
+    Returns:
+      A `Scorer` of two classes, labelled {0, 1} or {-1, +1}, in the inputs' own units; other labels raise.
+
+    References: Steinhardt, Koh & Liang, "Certified Defenses for Data Poisoning Attacks", NeurIPS 2017, section 2.1.
+    """
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         del key, params, known

@@ -92,8 +92,8 @@ def perturb_rows(
     """The attacker changes the inputs of existing rows a little; labels stay.
 
     `embed`: `x[rows] = poison`. `project`, with b the clean rows: for `linf`,
-    `clip(poison, max(lo, b - r), min(hi, b + r))`; for `l2`, the ball around b, then the box. An infinite radius leaves
-    the box alone. A zero radius gives the input back bit for bit.
+    `clip(poison, max(lo, b - r), min(hi, b + r))`; for `l2`, the ball around b, then the box. The box reaches to b where b
+    is outside of it. An infinite radius leaves the box alone. A zero radius gives the input back bit for bit.
 
     Threat: changes - the inputs of `rows`; sees - nothing; budget - `radius` in the data's own units; assumes - it may
     write to rows whose labels it does not control.
@@ -126,11 +126,11 @@ def perturb_rows(
     def project(poison: Any, data: Data) -> Any:
         def each(p: jax.Array, base: jax.Array) -> jax.Array:
             low, high, r = (jnp.asarray(v, p.dtype) for v in (lo, hi, radius))
+            low, high = jnp.minimum(low, base), jnp.maximum(high, base)
             if norm == "linf":
                 return jnp.clip(p, jnp.maximum(low, base - r), jnp.minimum(high, base + r))
             inside = linalg.project_ball(p - base, r)
-            p = jnp.where(inside == p - base, p, base + inside)
-            return jnp.clip(p, jnp.minimum(low, base), jnp.maximum(high, base))
+            return jnp.clip(jnp.where(inside == p - base, p, base + inside), low, high)
 
         return jax.tree.map(each, poison, tree.take(data.x, jnp.asarray(rows)))
 

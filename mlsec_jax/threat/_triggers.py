@@ -129,6 +129,8 @@ def corners(pattern: Any, *, mask: Any = None, lo: Any = 0.0, hi: Any = 1.0) -> 
         pieces.append((place, patch(pattern, at=place, mask=turned, lo=lo, hi=hi)))
 
     def stamp(pattern: jax.Array, key: Any, x: jax.Array) -> jax.Array:
+        if x.ndim == 4 and (2 * pattern.shape[0] > x.shape[1] or 2 * pattern.shape[1] > x.shape[2]):
+            raise ValueError(f"pattern: expected four that fit side by side, got {pattern.shape} for images {x.shape}.")
         for place, piece in pieces:
             x = piece.stamp(mirror(pattern, place), key, x)
         return x
@@ -168,12 +170,15 @@ def additive(pattern: Any, *, radius: Any, lo: Any = 0.0, hi: Any = 1.0) -> Trig
       hi: greatest value.
     """
     checks.at_least("radius", radius, 0)
+    pattern = jnp.asarray(pattern)
+    if checks.is_concrete((pattern, radius)) and jnp.any(jnp.abs(pattern) > jnp.asarray(radius, pattern.dtype)):
+        raise ValueError(f"pattern: expected at most radius = {radius} everywhere, got {jnp.max(jnp.abs(pattern))}.")
 
     def stamp(pattern: jax.Array, key: Any, x: jax.Array) -> jax.Array:
         del key
         return _boxed(x + _over_rows(pattern, x), lo, hi)
 
-    return Trigger(jnp.asarray(pattern), stamp, lambda pattern: _boxed(pattern, -jnp.asarray(radius), radius))
+    return Trigger(pattern, stamp, lambda pattern: _boxed(pattern, -jnp.asarray(radius), radius))
 
 
 def stripes(shape: tuple[int, ...], *, amplitude: Any, period: int = 2) -> Trigger:
@@ -250,6 +255,8 @@ def to_class(target: int) -> Relabel:
     def relabel(y: jax.Array) -> jax.Array:
         if y.ndim == 1:
             return jnp.full_like(y, target)
+        if target >= y.shape[1]:
+            raise ValueError(f"target: expected less than the {y.shape[1]} classes of the labels, got {target}.")
         return jnp.broadcast_to(jax.nn.one_hot(target, y.shape[1], dtype=y.dtype), y.shape)
 
     return relabel

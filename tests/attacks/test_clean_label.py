@@ -10,6 +10,7 @@ import pytest
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, combine, linalg, losses, models, threat, tree
+from mlsec_jax.attacks import _matching
 from tests import oracles, test_linalg
 
 K, D, H = 4, 6, 5
@@ -235,3 +236,24 @@ def test_bad_input_is_said():
     with pytest.raises(ValueError, match=r"attacks.convex_polytope needs known\.params"):
         algorithm = attacks.convex_polytope(features, threat=FREE, optimizer=DESCEND)
         algorithm.init(jax.random.key(0), data, known.replace(params=None))
+
+
+def test_matching_sees_every_poison_and_the_cosine_knows_no_scale():
+    apply = lambda params, x, key=None: x @ params
+    cosine = _matching.matcher(losses.cross_entropy(apply), None, 3, None)
+    x = jax.random.normal(jax.random.key(0), (5, 2))
+    params, aim = jnp.ones((2, 2)).at[0, 0].set(2.0), jnp.array([[1.0, -1.0], [0.5, 0.2]])
+    slope = jax.jit(jax.grad(lambda x: cosine(jax.random.key(0), params, mj.dataset(x, jnp.array([0, 1, 0, 1, 0])), aim)))(x)
+    assert jnp.all(jnp.any(slope != 0, axis=1))
+    for scale in (3e10, 3e-15):
+        np.testing.assert_allclose(_matching._cosine({"w": scale * aim}, {"w": scale * aim}), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attack", [attacks.bullseye_polytope, attacks.convex_polytope])
+def test_a_target_without_features_is_refused(attack):
+    dead = lambda params, x, key=None: jax.nn.relu(x @ params)
+    rows = mj.dataset(jnp.full((3, 2), 0.5), jnp.array([0, 0, 1]))
+    known = mj.Known(params=-jnp.eye(2), goal=mj.dataset(jnp.ones((1, 2)), jnp.array([0])))
+    made = attack(dead, threat=threat.perturb_rows(jnp.array([0, 1]), radius=0.1), optimizer=optax.adam(0.02))
+    with pytest.raises(ValueError, match=r"known\.goal: expected features that are not all zero"):
+        made.init(jax.random.key(0), rows, known)

@@ -8,6 +8,7 @@ import pytest
 
 import mlsec_jax as mj
 from mlsec_jax import attacks, bilevel, combine, losses, threat
+from tests import problems
 from tests.attacks.linear_models import linear
 
 LOSS = losses.cross_entropy(linear)
@@ -165,3 +166,20 @@ def test_start_points_copy_present_rows_of_the_classes(split):
     assert (attacks.random_other(10)(jax.random.key(0), train.y) != train.y).all()
     with pytest.raises(ValueError, match="classes"):
         attacks.start_points(jax.random.key(3), train, 2, rule=attacks.swap(3, 8), classes=(77,))
+
+
+def test_a_row_smaller_than_its_square_still_moves():
+    rows = jnp.array([[1e-23, 0.0], [3.0, 4.0], [0.0, 0.0]], jnp.float32)
+    moved, _ = attacks.unit_rows(0.5).update(rows, optax.EmptyState())
+    np.testing.assert_allclose(moved, [[-0.5, 0], [-0.3, -0.4], [0, 0]], rtol=1e-6)
+
+
+def test_greedy_leaves_the_rows_whose_turn_has_not_come_as_they_are():
+    problem = problems.make()
+    trainer = bilevel.unrolled(problem.loss_fn, optax.sgd(0.5), 2)
+    spy = lambda key, params, data: (trainer(key, params, data)[0], {"seen": data})
+    reach = threat.perturb_rows(problem.touched, radius=0.1)
+    attack = attacks.bilevel(losses.goal_loss(problem.loss_fn), spy, threat=reach, optimizer=attacks.unit_rows(0.1),
+                             order=attacks.greedy(2))  # fmt: skip
+    _, info = combine.run(attack, jax.random.key(0), problem.train, problem.known, num_steps=1)
+    np.testing.assert_array_equal(info["train"]["seen"].weight[0], problem.train.weight)

@@ -253,3 +253,17 @@ def test_poisson_batches_have_the_stated_rate():
 def test_bad_hyperparameters_are_named(call):
     with pytest.raises(ValueError, match=r"^[a-z_]+: "):
         call(problems.make().loss_fn)
+
+
+@pytest.mark.parametrize("linear_solve", [None, bilevel.cg(tolerance=1e-14)])
+def test_implicit_by_default_bears_biases_that_may_all_move_together(x64, linear_solve):
+    problem = problems.make(jnp.float64)
+    trainer = bilevel.implicit(losses.regularised(problem.loss_fn, l2=0.1), linear_solve=linear_solve)
+    loss = losses.empirical(problem.loss_fn)
+    goal = problem.known.goal
+    value = jax.jit(lambda x: loss(trainer(jax.random.key(0), problem.params, problem.train._replace(x=x))[0], goal))
+    x = problem.train.x
+    direction = jax.random.normal(jax.random.key(1), x.shape, x.dtype)
+    slope = jnp.vdot(jax.jit(jax.grad(value))(x), direction)
+    step = 1e-5
+    np.testing.assert_allclose(slope, (value(x + step * direction) - value(x - step * direction)) / (2 * step), rtol=1e-6)

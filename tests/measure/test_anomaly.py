@@ -43,3 +43,8 @@ def test_too_few_clean_scores_promise_nothing_and_nonsense_is_refused():
         measure.calibrate_threshold(np.array([1.0, np.nan]), false_alarms=0.05)
     with pytest.raises(ValueError, match="false_alarms"):
         measure.calibrate_threshold(np.arange(3.0), false_alarms=1.0)
+
+
+def test_counts_of_pixels_have_the_index_of_the_numbers():
+    values = jnp.array([1, 9, 10, 11, 12])
+    np.testing.assert_allclose(measure.anomaly_index(values), measure.anomaly_index(values.astype(float)))

@@ -91,3 +91,13 @@ def test_bad_input_is_named():
     data, _ = make()
     with pytest.raises(ValueError, match=r"labels in \[0, 2\)"):
         scores.spectral(identity, num_classes=2)(KEY, None, data, mj.Known())
+
+
+def test_a_flat_spectrum_takes_more_rounds():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 512)).astype(np.float32)
+    centred = x - x.mean(0)
+    truth = (centred @ np.linalg.svd(centred, full_matrices=False)[2][0]) ** 2
+    scorer = scores.spectral(lambda params, x, key=None: x, num_classes=1)
+    found = scorer(jax.random.key(0), None, mj.dataset(x, np.zeros(500, np.int32)), mj.Known())
+    assert np.corrcoef(found, truth)[0, 1] > 0.999
