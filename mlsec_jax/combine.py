@@ -277,7 +277,11 @@ def _filter(scorer: Scorer, cut: Callable, gradient: Surrogate, reads_model: boo
 
     def transform(key: Key, subject: Data, known: Known) -> tuple[Data, Info]:
         params = known.require("params", by="filter") if reads_model else None
-        score = scorer(key, params, subject, known)
+        score = jnp.asarray(scorer(key, params, subject, known))
+        if score.shape != subject.weight.shape:
+            raise ValueError(f"scorer: expected one number a row, {subject.weight.shape}, got shape {score.shape}.")
+        if not tree.is_float(score):
+            score = score.astype(subject.weight.dtype)  # such as a count: shares and thresholds are no integers
         keep, threshold, info = cut(score, subject)
         factor = keep.astype(score.dtype)
         if isinstance(gradient, (Soft, StraightThrough)):

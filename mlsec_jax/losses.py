@@ -32,7 +32,10 @@ def cross_entropy(apply_fn: ApplyFn) -> LossFn:
     """
 
     def loss_fn(params: Params, data: Data, key: jax.Array | None = None) -> jax.Array:
-        log_p = jax.nn.log_softmax(apply_fn(params, data.x, key))
+        logits = apply_fn(params, data.x, key)
+        if logits.ndim != 2 or data.y.ndim > 2 or (data.y.ndim == 2 and data.y.shape != logits.shape):
+            raise ValueError(f"apply_fn: expected logits [n, c] for labels [n] or [n, c], got {logits.shape}, {data.y.shape}.")
+        log_p = jax.nn.log_softmax(logits)
         num_classes = log_p.shape[-1]
         target = soft_labels(data.y, num_classes, log_p.dtype).astype(log_p.dtype)
         loss = -jnp.sum(log_p * target, axis=-1)
@@ -119,6 +122,8 @@ def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
     >>> float(weighted_mean(jnp.array([1.0, jnp.nan]), jnp.array([2.0, 0.0])))
     1.0
     """
+    if values.shape != weight.shape:
+        raise ValueError(f"values: expected one number a row, {weight.shape}, got shape {values.shape}.")
     weight = weight.astype(values.dtype)
     total = jnp.sum(weight)
     summed = jnp.sum(jnp.where(weight > 0, values * weight, 0))

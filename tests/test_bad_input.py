@@ -155,3 +155,31 @@ def test_weights_may_be_integers_or_a_mask_and_absent_labels_anything():
     squared = losses.empirical(losses.squared(lambda params, x, key=None: x @ params))
     rows = mj.dataset(jnp.ones((2, 1)), jnp.array([0.0, jnp.nan]), jnp.array([1.0, 0.0]))
     assert bool(jnp.all(jnp.isfinite(jax.grad(squared)(jnp.ones(1), rows))))
+
+
+@pytest.mark.parametrize("score", [lambda *_: jnp.zeros((3, 1)), lambda *_: jnp.zeros(())])
+def test_a_score_or_a_loss_that_is_not_one_number_a_row_is_refused(score):
+    with pytest.raises(ValueError, match=r"scorer: expected one number a row, \(3,\)"):
+        combine.filter_top(score, fraction=0.5, reads_model=False)(KEY, THREE, mj.Known())
+    with pytest.raises(ValueError, match="values: expected one number a row"):
+        losses.empirical(lambda params, data, key=None: jnp.zeros(()))(None, THREE)
+    with pytest.raises(ValueError, match="apply_fn: expected logits"):
+        losses.cross_entropy(lambda params, x, key=None: jnp.zeros(3))(None, THREE)
+
+
+def test_a_filter_of_counts_is_the_filter_of_numbers():
+    rows = mj.dataset(jnp.zeros((8, 1)), jnp.zeros(8, jnp.int32))
+    top = lambda score: combine.filter_top(lambda *_: score, fraction=0.25, reads_model=False)
+    above = lambda score: combine.filter_above(lambda *_: score - 4, threshold=-0.5, reads_model=False)
+    for make in (top, above):
+        counts, numbers = (make(score)(KEY, rows, mj.Known())[0].weight for score in (jnp.arange(8), jnp.arange(8.0)))
+        assert oracles.trees_equal(counts, numbers) and float(jnp.sum(counts)) < 8
+
+
+def test_a_poison_without_effect_is_seen_though_its_threat_names_no_rows():
+    problem = problems.make()
+    reach = threat.append_rows(problem.reserved)
+    mute = mj.Threat(reach.init, reach.project, lambda poison, data: data._replace(x=data.x + 0 * jnp.sum(poison)), None)
+    _, infos = combine.run(attack(problem, mute), KEY, problem.train, problem.known, num_steps=1)
+    with pytest.raises(ValueError, match="no poison row had a gradient"):
+        attacks.require_alive(infos)

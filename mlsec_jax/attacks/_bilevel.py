@@ -110,8 +110,9 @@ def bilevel(
 
     Returns:
       An `Algorithm` on training `Data`; info: `outer`, `gradient_norm`, `step_norm`, `alive` (poison rows of positive
-      training weight whose gradient is not zero), `finite` (whether the gradient is finite: where it is not, because
-      training diverged, the poison and the optimizer's state stay as they were), `train` (the trainer's info).
+      training weight whose gradient is not zero; 1 or 0 for a threat without rows), `finite` (whether the gradient is finite:
+      where it is not, because training diverged, the poison and the optimizer's state stay as they were), `train` (the
+      trainer's info).
 
     References: Muñoz-González et al., AISec 2017, eq. (3)-(4), algorithm 1. Deviates from the paper in: the
     projection is the threat's, and all points may move together.
@@ -155,7 +156,8 @@ def bilevel(
             return outer(trained, data, goal), (info, data.weight)
 
         (value, (info, weight)), gradient = jax.value_and_grad(objective, has_aux=True)(state.poison)
-        alive = jnp.asarray(points(state.poison))
+        moves = jnp.stack([jnp.any(jnp.isfinite(g) & (g != 0)) for g in jax.tree.leaves(gradient)])
+        alive = jnp.sum(jnp.any(moves), dtype=jnp.int32)
         if threat.rows is not None:
             rows = jnp.asarray(threat.rows)
             gradient = jax.tree.map(lambda g: jnp.where(tree.per_row(moving, g), g, 0), gradient)
