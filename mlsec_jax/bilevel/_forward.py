@@ -52,7 +52,7 @@ def forward(
     """
     checks.count("chunk", chunk, 1)
     plan = loop.sgd(loss_fn, optimizer, num_steps, **slots)
-    chosen = jnp.arange(-rows, 0) if isinstance(rows, int) else jnp.asarray(rows)
+    chosen = checks.rows("rows", rows)
 
     @jax.custom_vjp
     def train(key: Key, params: Params, data: Data) -> Params:
@@ -74,7 +74,7 @@ def forward(
             basis = jnp.zeros_like(flat).at[index].set(1)
             return tree.dot(jax.jvp(with_rows, (flat,), (basis,))[1], float_cotangent)
 
-        slopes = jax.lax.map(along, jnp.arange(flat.size), batch_size=min(chunk, max(flat.size, 1)))
+        slopes = jax.lax.map(along, jnp.arange(flat.size), batch_size=min(chunk, flat.size)) if flat.size else flat
         x = jax.tree.map(
             lambda leaf, part: jnp.full_like(leaf, jnp.nan).at[chosen].set(part), data.x, unravel(slopes)
         )
@@ -84,6 +84,7 @@ def forward(
     train.defvjp(train_fwd, train_bwd)
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
+        checks.rows_within("rows", chosen, data.num_rows)
         trained = train(key, params, data)
         return trained, jax.lax.stop_gradient(final_info(loss_fn, trained, data))
 

@@ -152,6 +152,20 @@ def test_forward_marks_what_it_did_not_differentiate(x64):
     assert bool(jnp.all(jnp.isnan(gradient[:-2]))) and bool(jnp.all(jnp.isfinite(gradient[-2:])))
 
 
+def test_forward_counts_its_last_rows_and_refuses_others():
+    problem = problems.make()
+
+    def touched(rows):
+        trainer = bilevel.forward(problem.loss_fn, MOMENTUM, 1, rows=rows)
+        fit = lambda x: jnp.sum(trainer(jax.random.key(0), problem.params, problem.train._replace(x=x))[0]["b"])
+        return np.flatnonzero(np.isfinite(jax.grad(fit)(problem.train.x)).all(axis=1)).tolist()
+
+    assert touched(np.int64(2)) == [12, 13] and touched([0, 5]) == [0, 5] and touched([]) == []
+    for rows in (99, [99]):
+        with pytest.raises(ValueError, match=r"^rows: expected"):
+            touched(rows)
+
+
 def test_diagnose_sees_an_active_set_change(x64):
     loss_fn = losses.squared(lambda params, x, key=None: x @ params["w"])
     data = mj.dataset(jnp.ones((2, 1)), jnp.full(2, 0.5))
