@@ -84,6 +84,29 @@ def test_sparse_regression_agrees_on_its_active_set(l1, l2, x64):
     assert oracles.relative_error(jax.jit(value), data.x) <= 1e-6
 
 
+@pytest.mark.parametrize("name", ["l2", "closure", "l1"])
+def test_implicit_differentiates_what_its_objective_closes_over(name, x64):
+    problem = problems.make(jnp.float64)
+    apply = lambda params, x, key=None: x @ params["w"] + params["b"]
+    data = problem.train._replace(y=problem.train.x[:, 0] - 0.5 * problem.train.x[:, 1])
+    params = {"w": jnp.zeros(problems.DIM), "b": jnp.zeros(())}
+    outer = losses.empirical(losses.squared(apply))
+
+    @jax.jit
+    def value(number):
+        objective = {
+            "l2": lambda: losses.regularised(losses.squared(apply), l2=number, penalise=None),
+            "closure": lambda: losses.regularised(losses.squared(lambda p, x, key=None: apply(p, number * x)), l2=0.1),
+            "l1": lambda: losses.regularised(losses.squared(apply), l1=number, l2=0.05),
+        }[name]()
+        return outer(bilevel.implicit(objective)(jax.random.key(0), params, data)[0], data._replace(y=data.y + 1))
+
+    numbers = jnp.array([0.02, 0.03])
+    slopes = jax.jit(jax.vmap(jax.grad(value)))(numbers)
+    expected = [float(value(x + 1e-6) - value(x - 1e-6)) / 2e-6 for x in numbers]
+    np.testing.assert_allclose(slopes, expected, rtol=1e-6)
+
+
 def test_ridge_has_the_closed_form(x64):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 3)), rng.normal(size=20)
