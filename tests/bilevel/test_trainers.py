@@ -175,6 +175,21 @@ def test_forward_marks_what_it_did_not_differentiate(x64):
     assert bool(jnp.all(jnp.isnan(gradient[:-2]))) and bool(jnp.all(jnp.isfinite(gradient[-2:])))
 
 
+def test_forward_takes_a_traced_learning_rate_and_marks_its_derivative(x64):
+    problem = problems.make(jnp.float64)
+
+    def slope(rate):
+        value, poison = attack_loss(bilevel.forward(problem.loss_fn, optax.sgd(rate), 3, rows=2), problem)
+        return jax.grad(value)(poison)
+
+    swept = jax.jit(jax.vmap(slope))(jnp.array([0.1, 0.5]))
+    np.testing.assert_allclose(swept, jnp.stack([slope(0.1), slope(0.5)]), rtol=1e-10)
+    trained = lambda rate: bilevel.forward(problem.loss_fn, optax.sgd(rate), 3, rows=2)(
+        jax.random.key(0), problem.params, problem.train
+    )[0]
+    assert bool(jnp.isnan(jax.jit(jax.grad(lambda rate: jnp.sum(trained(rate)["b"] ** 2)))(0.1)))
+
+
 def test_forward_counts_its_last_rows_and_refuses_others():
     problem = problems.make()
 
