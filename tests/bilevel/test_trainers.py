@@ -147,6 +147,28 @@ def test_only_trainable_leaves_move_and_are_differentiated(x64):
         assert oracles.relative_error(value, poison) <= 1e-6
 
 
+@pytest.mark.parametrize("why", ["no steps", "nothing trainable", "no params"])
+@pytest.mark.parametrize("reversal", ["stored", "approximate", "fixed_point", "exact"])
+def test_training_that_moves_nothing_gives_the_start_back(reversal, why):
+    problem = problems.make()
+    params = {} if why == "no params" else {**problem.params, "b": jnp.asarray([0.3, -0.1, 0.2])}
+    trainer = bilevel.back_gradient(
+        problem.loss_fn if params else lambda params, data, key=None: data.x[:, 0],
+        0.5,
+        0 if why == "no steps" else 3,
+        momentum=0.9 if reversal == "exact" else 0.0,
+        reversal=reversal,
+        trainable=None if why == "no steps" else lambda path, leaf: False,
+    )
+    trained, info = trainer(jax.random.key(0), params, problem.train)
+    assert oracles.trees_equal(trained, params)
+    assert set(info) == ({"loss", "overflow"} if reversal == "exact" else {"loss"}) and bool(jnp.isfinite(info["loss"]))
+    square = lambda start, x: tree.dot(*2 * [trainer(jax.random.key(0), start, problem.train._replace(x=x))[0]])
+    slopes = jax.grad(square, argnums=(0, 1))(params, problem.train.x)
+    assert oracles.trees_equal(slopes, (jax.tree.map(lambda leaf: 2 * leaf, params), jnp.zeros_like(problem.train.x)))
+    assert all(float(v) == 0 for v in trainer.probe(jax.random.key(0), params, problem.train, params).values())
+
+
 def test_approximate_reversal_keeps_the_direction_but_not_the_path(x64):
     problem = problems.make(jnp.float64)
     trainer = bilevel.back_gradient(problem.loss_fn, 0.1, STEPS, reversal="approximate")
@@ -294,6 +316,13 @@ def test_poisson_batches_have_the_stated_rate():
     [
         lambda f: bilevel.back_gradient(f, 0.1, 5, momentum=0.9, reversal="fixed_point"),
         lambda f: bilevel.back_gradient(f, 0.1, 5, reversal="exact"),
+        lambda f: bilevel.back_gradient(f, 0.1, 5, momentum=1.0, reversal="exact"),
+        lambda f: bilevel.back_gradient(f, 0.1, 5, momentum=0.9 + 1e-7, reversal="exact"),
+        lambda f: jax.jit(lambda m: bilevel.back_gradient(f, 0.1, 5, momentum=m) and m)(0.9),
+        lambda f: bilevel.back_gradient(f, -0.1, 5),
+        lambda f: bilevel.back_gradient(f, jnp.nan, 5, reversal="fixed_point"),
+        lambda f: losses.regularised(f, l2=-0.1),
+        lambda f: losses.regularised(f, l1=-0.1),
         lambda f: bilevel.back_gradient(f, 0.1, 5, reversal="magic"),
         lambda f: bilevel.unrolled(f, MOMENTUM, -1),
         lambda f: bilevel.unrolled(f, MOMENTUM, 5, remat="cube"),
@@ -303,5 +332,5 @@ def test_poisson_batches_have_the_stated_rate():
     ],
 )
 def test_bad_hyperparameters_are_named(call):
-    with pytest.raises(ValueError, match=r"^[a-z_]+: "):
+    with pytest.raises(ValueError, match=r"^[a-z0-9_]+: "):
         call(problems.make().loss_fn)
