@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -44,6 +45,36 @@ def count(name: str, value: Any, low: int = 0) -> None:
     """Raises unless the value is a Python integer of at least `low` (counts are static)."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
         raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}.")
+
+
+def rows(name: str, value: Any) -> Any:
+    """The rows `[k]` that an argument names: of an integer k the last k, as `[-k, ..., -1]`. Tracers pass as they are.
+
+    >>> rows("rows", 2), rows("rows", [])
+    (array([-2, -1], dtype=int32), array([], dtype=int32))
+    """
+    if isinstance(value, (int, np.integer)):
+        count(name, value)
+        return np.arange(-int(value), 0, dtype=np.int32)
+    if not is_concrete(value):
+        return jnp.asarray(value)
+    array = np.asarray(value)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{name}: expected integer rows [k] or a Python integer, got {array.dtype}{array.shape}.")
+    return array if array.size else array.astype(np.int32)
+
+
+def rows_within(name: str, chosen: Any, num_rows: int) -> None:
+    """Raises unless what `rows` gave are rows of data of `num_rows` rows. Tracers pass."""
+    if not is_concrete(chosen):
+        return
+    if chosen.size > num_rows:
+        raise ValueError(f"{name}: expected at most the {num_rows} rows of the data, got {chosen.size}.")
+    bad = chosen[(chosen < -num_rows) | (chosen >= num_rows)].tolist()
+    if bad:
+        raise ValueError(
+            f"{name}: expected rows of the data, {-num_rows} to {num_rows - 1} (threat.reserve appends some), got {bad}."
+        )
 
 
 def labels(name: str, y: Any, weight: Any, num_classes: int) -> None:

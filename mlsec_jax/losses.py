@@ -173,10 +173,12 @@ def regularised(loss_fn: LossFn, *, l2: Any = 0.0, l1: Any = 0.0, penalise: Any 
 
     Args:
       loss_fn: per-example loss `-> [n]`.
-      l2: λ of the ridge penalty, on the scale of the *mean* loss (scikit-learn's `C` is `1 / (n λ)`).
+      l2: λ of the ridge penalty, at least 0, on the scale of the *mean* loss (scikit-learn's `C` is `1 / (n λ)`).
       l1: λ of the LASSO penalty, on the same scale. Elastic net: both.
       penalise: which leaves (`tree.mask_of`); default: all but the biases.
     """
+    checks.at_least("l2", l2, 0)
+    checks.at_least("l1", l1, 0)
     mean_loss = empirical(loss_fn)
 
     def smooth(params: Params, data: Data) -> jax.Array:

@@ -14,7 +14,7 @@ import optax
 
 from mlsec_jax import checks, loop, tree
 from mlsec_jax.base import Data, Info, Key, LossFn, Params, Trainer
-from mlsec_jax.bilevel._reversible import hoist, reversible_sgd
+from mlsec_jax.bilevel._reversible import as_fraction, hoist, reversible_sgd
 from mlsec_jax.bilevel._unrolled import final_info, plain_scan, unrolled
 
 REVERSALS = ("stored", "approximate", "fixed_point", "exact")
@@ -162,8 +162,8 @@ def back_gradient(
 
     Args:
       loss_fn: per-example loss.
-      learning_rate: η; may be a tracer.
-      num_steps: T, static.
+      learning_rate: η, at least 0; may be a tracer.
+      num_steps: T, static; 0 steps, like params of which nothing is trained, give the start back.
       momentum: μ, static: `v ← μ v + g`, `w ← w - η v`, as in `optax.sgd`.
       reversal: one of the four.
       num_inversions: iterations of `"fixed_point"`, at most.
@@ -179,11 +179,17 @@ def back_gradient(
     checks.one_of("reversal", reversal, REVERSALS)
     checks.count("num_inversions", num_inversions, 1)
     checks.count("anchor_every", anchor_every, 1)
+    if not callable(learning_rate):  # optax's schedules pass
+        checks.at_least("learning_rate", learning_rate, 0)
+    if not checks.is_concrete(momentum):
+        raise ValueError("momentum: expected a static number, got a tracer.")
     checks.between("momentum", float(momentum), 0.0, 1.0)
     if reversal == "fixed_point" and momentum:
         raise ValueError(f"momentum: reversal='fixed_point' is for plain SGD, got momentum {momentum}; use 'exact'.")
     if reversal == "exact" and not momentum:
         raise ValueError("momentum: reversal='exact' needs 0 < momentum < 1, got 0; use 'fixed_point' or 'stored'.")
+    if reversal == "exact":
+        as_fraction(momentum)
 
     def batched(transform: loop.BatchTransform) -> Trainer:
         more = loop.with_transform(slots, transform)
@@ -218,7 +224,14 @@ def back_gradient(
         inversions, segment = (num_inversions, anchor_every) if reversal == "fixed_point" else (1, max(num_steps, 1))
         return _Walk(pure, float(momentum), num_steps, inversions, segment), (args, hoisted)
 
+    def stays(params: Params) -> bool:
+        """Whether training is the identity."""
+        return num_steps == 0 or not jax.tree.leaves(tree.partition(params, slots.get("trainable"))[0])
+
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
+        if stays(params):
+            same = {"overflow": jnp.asarray(False)} if reversal == "exact" else {}
+            return params, jax.lax.stop_gradient({**final_info(loss_fn, params, data), **same})
         chosen, fixed, args = prepare(key, params, data)
         info: dict[str, jax.Array] = {}
         if reversal == "exact":
@@ -232,6 +245,8 @@ def back_gradient(
     def probe(key: Key, params: Params, data: Data, cotangent: Params) -> dict[str, jax.Array]:
         """`drift`: ‖ŵ₀ - w₀‖ / ‖w_T‖ of the walk back (for `exact`: the number of parameters not equal bit for bit)."""
         del cotangent
+        if stays(params):
+            return {"drift": jnp.zeros((), int if reversal == "exact" else float)}
         chosen, _, args = prepare(key, params, data)
         if reversal == "exact":
             run = reversible_sgd(gradient, momentum=momentum, num_steps=num_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Unpack
 
 import jax
@@ -12,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from mlsec_jax import checks, loop, tree
 from mlsec_jax.base import Data, Info, Key, LossFn, Params, Trainer
+from mlsec_jax.bilevel._reversible import hoist
 from mlsec_jax.bilevel._unrolled import final_info
 
 
@@ -37,7 +39,8 @@ def forward(
     state a tangent, whatever T is; time `k·d / chunk` trainings of `chunk` tangents. For few poisons of low dimension.
 
     Only the inputs of `rows` are differentiated. The cotangents of everything else (other rows, labels, weights, initial
-    parameters) are NaN, never zero; `threat.append_rows` and `perturb_rows` do not read them.
+    parameters, what loss and optimizer close over, such as a traced learning rate) are NaN, never zero;
+    `threat.append_rows` and `perturb_rows` do not read them.
 
     Args:
       loss_fn: per-example loss.
@@ -52,39 +55,46 @@ def forward(
     """
     checks.count("chunk", chunk, 1)
     plan = loop.sgd(loss_fn, optimizer, num_steps, **slots)
-    chosen = jnp.arange(-rows, 0) if isinstance(rows, int) else jnp.asarray(rows)
+    chosen = checks.rows("rows", rows)
 
-    @jax.custom_vjp
-    def train(key: Key, params: Params, data: Data) -> Params:
-        return loop.run(plan, key, params, data)
+    def plain(params: Params, _: Any, args: Any) -> Params:
+        return loop.run(plan, args[0], params, args[1])
 
-    def train_fwd(key: Key, params: Params, data: Data) -> tuple[Params, Any]:
-        return train(key, params, data), (key, params, data)
+    @partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def train(run: Any, key: Key, params: Params, data: Data, hoisted: list[Any]) -> Params:
+        return run(params, jnp.int32(0), ((key, data), hoisted))
 
-    def train_bwd(saved: Any, cotangent: Params) -> tuple[Any, Any, Any]:
-        key, params, data = saved
+    def train_fwd(run: Any, *operands: Any) -> tuple[Params, Any]:
+        return train(run, *operands), operands
+
+    def train_bwd(run: Any, saved: Any, cotangent: Params) -> tuple[Any, Any, Any, Any]:
+        key, params, data, hoisted = saved
         flat, unravel = ravel_pytree(tree.take(data.x, chosen))
         float_cotangent, _ = tree.partition(cotangent)
 
         def with_rows(vector: jax.Array) -> Params:
             x = jax.tree.map(lambda leaf, part: leaf.at[chosen].set(part), data.x, unravel(vector))
-            return tree.partition(loop.run(plan, key, params, data._replace(x=x)))[0]
+            return tree.partition(run(params, jnp.int32(0), ((key, data._replace(x=x)), hoisted)))[0]
 
         def along(index: jax.Array) -> jax.Array:
             basis = jnp.zeros_like(flat).at[index].set(1)
             return tree.dot(jax.jvp(with_rows, (flat,), (basis,))[1], float_cotangent)
 
-        slopes = jax.lax.map(along, jnp.arange(flat.size), batch_size=min(chunk, max(flat.size, 1)))
+        slopes = jax.lax.map(along, jnp.arange(flat.size), batch_size=min(chunk, flat.size)) if flat.size else flat
         x = jax.tree.map(
             lambda leaf, part: jnp.full_like(leaf, jnp.nan).at[chosen].set(part), data.x, unravel(slopes)
         )
         key_cotangent = np.zeros(key.shape, jax.dtypes.float0)
-        return key_cotangent, jax.tree.map(_unknown, params), Data(x, _unknown(data.y), _unknown(data.weight))
+        rest = jax.tree.map(_unknown, (params, data.y, data.weight, hoisted))
+        return key_cotangent, rest[0], Data(x, *rest[1:3]), rest[3]
 
     train.defvjp(train_fwd, train_bwd)
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
-        trained = train(key, params, data)
+        checks.rows_within("rows", chosen, data.num_rows)
+        pure, hoisted = hoist(plain, params, (key, data))
+        run = pure if hoisted else lambda params, step, both: plain(params, step, both[0])
+        trained = train(run, key, params, data, hoisted)
         return trained, jax.lax.stop_gradient(final_info(loss_fn, trained, data))
 
     def batched(transform: loop.BatchTransform) -> Trainer:

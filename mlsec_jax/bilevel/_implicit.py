@@ -13,10 +13,12 @@ from jax.flatten_util import ravel_pytree
 from mlsec_jax import checks, linalg, tree
 from mlsec_jax.base import Data, Info, Key, Params, Trainer
 from mlsec_jax.bilevel._jaxopt import jaxopt
+from mlsec_jax.bilevel._reversible import hoist
 from mlsec_jax.losses import Objective
 
 Solver = Callable[..., tuple[Params, Info]]  # (objective, params, data) -> (params, info)
 LinearSolve = Callable[[Any, Any], Any]  # (matvec, b) -> x, of a symmetric map
+Smooth = Callable[..., jax.Array]  # (chosen, data, operands) -> scalar; operands: fixed leaves, closed-over tracers, l1
 
 
 def cholesky() -> LinearSolve:
@@ -134,7 +136,8 @@ def implicit(
     At `∇_θ 𝓛(θ*, data) = 0`: `dθ*/d data = -(∇²_θ 𝓛)⁻¹ ∂_data ∇_θ 𝓛`, so the reverse pass solves one symmetric
     system `H v = g`. With an L1 part every object is restricted to the active set `{θ_j ≠ 0}`.
     Reference: Muñoz-González et al., AISec 2017, eq. (8); Xiao et al., ICML 2015 (LASSO). The derivative with respect
-    to the initial parameters is zero, as it is for a unique optimum.
+    to the initial parameters is zero, as it is for a unique optimum. The λ of the penalties, and whatever else the loss
+    closes over, are differentiated like the data.
 
     Args:
       objective: one object for the fit and the derivative (`losses.regularised`).
@@ -152,15 +155,28 @@ def implicit(
     solve_inner = solver or (newton() if smooth_only else proximal_gradient())
     solve_linear = linear_solve or cholesky()
 
-    def inner(fixed: Params) -> Objective:
-        return objective._replace(smooth=lambda chosen, data: objective.smooth(tree.merge(chosen, fixed), data))
+    def lay_out(params: Params, data: Data) -> tuple[Smooth, Params, Any]:
+        """The smooth part as a pure function, what is trained, and operands: what the objective closes over is there."""
+        chosen, fixed = tree.partition(params, trainable)
+        given = lambda chosen, _, args: objective.smooth(tree.merge(chosen, args[0]), args[1])
+        pure, hoisted = hoist(given, chosen, (fixed, data))
+        if hoisted:
+            smooth = lambda chosen, data, operands: pure(chosen, jnp.int32(0), ((operands[0], data), operands[1]))
+        else:
+            smooth = lambda chosen, data, operands: given(chosen, None, (operands[0], data))
+        return smooth, chosen, (fixed, hoisted, None if smooth_only else jnp.asarray(objective.l1))
+
+    def inner(smooth: Smooth, operands: Any) -> Objective:
+        l1 = objective.l1 if smooth_only else operands[2]
+        return objective._replace(smooth=lambda chosen, data: smooth(chosen, data, operands), l1=l1)
 
     def active_of(chosen: Params) -> Params:
         mask = tree.mask_of(chosen, objective.penalise)
         return jax.tree.map(lambda leaf, penalised: (leaf != 0) | (not penalised), chosen, mask)
 
-    def optimality(chosen: Params, fixed: Params, data: Data) -> Params:
-        gradient = jax.grad(inner(fixed).smooth)
+    def optimality(smooth: Smooth, chosen: Params, data: Data, operands: Any) -> Params:
+        within = inner(smooth, operands)
+        gradient = jax.grad(within.smooth)
         if smooth_only:
             return gradient(chosen, data)
         active = jax.lax.stop_gradient(active_of(chosen))
@@ -168,48 +184,51 @@ def implicit(
         inside = jax.tree.map(lambda leaf, keep: jnp.where(keep, leaf, 0), chosen, active)
 
         def each(g: jax.Array, leaf: jax.Array, keep: jax.Array, penalised: bool) -> jax.Array:
-            slope = jnp.asarray(objective.l1, leaf.dtype) * jax.lax.stop_gradient(jnp.sign(leaf)) if penalised else 0
+            slope = jnp.asarray(within.l1, leaf.dtype) * jax.lax.stop_gradient(jnp.sign(leaf)) if penalised else 0
             return jnp.where(keep, g + slope, leaf)
 
         return jax.tree.map(each, gradient(inside, data), chosen, active, mask)
 
-    def hessian_at(chosen: Params, fixed: Params, data: Data) -> Callable[[Params], Params]:
+    def hessian_at(smooth: Smooth, chosen: Params, data: Data, operands: Any) -> Callable[[Params], Params]:
         """`v -> ∂optimality · v`."""
-        return lambda v: jax.jvp(lambda c: optimality(c, fixed, data), (chosen,), (v,))[1]
+        return lambda v: jax.jvp(lambda c: optimality(smooth, c, data, operands), (chosen,), (v,))[1]
 
-    def polish(found: Params, fixed: Params, data: Data) -> Params:
+    def polish(smooth: Smooth, found: Params, data: Data, operands: Any) -> Params:
         """Newton steps on the active set that the first-order solver found; each is kept if it helps."""
 
         def body(_: int, now: Params) -> Params:
-            residual = optimality(now, fixed, data)
-            then = tree.add_scaled(now, -1.0, linalg.cholesky_solve(hessian_at(now, fixed, data), residual))
+            residual = optimality(smooth, now, data, operands)
+            matvec = hessian_at(smooth, now, data, operands)
+            then = tree.add_scaled(now, -1.0, linalg.cholesky_solve(matvec, residual))
             mask = tree.mask_of(now, objective.penalise)
             same = jax.tree.map(lambda a, b, keep: jnp.all(jnp.sign(a) == jnp.sign(b)) | (not keep), now, then, mask)
-            better = tree.norm(optimality(then, fixed, data)) < tree.norm(residual)
+            better = tree.norm(optimality(smooth, then, data, operands)) < tree.norm(residual)
             better &= jnp.all(jnp.stack(jax.tree.leaves(same)))
             return jax.tree.map(lambda a, b: jnp.where(better, b, a), now, then)
 
         return jax.lax.fori_loop(0, 3, body, found)
 
-    @jaxopt.implicit_diff.custom_root(optimality, has_aux=True, solve=solve_linear)
-    def optimum(chosen: Params, fixed: Params, data: Data) -> tuple[Params, Info]:
+    def optimum(smooth: Smooth, chosen: Params, data: Data, operands: Any) -> tuple[Params, Info]:
         with jax.numpy_dtype_promotion("standard"):  # jaxopt mixes dtypes inside
-            found, info = solve_inner(inner(fixed), chosen, data)
-        return (found if smooth_only else polish(found, fixed, data)), info
+            found, info = solve_inner(inner(smooth, operands), chosen, data)
+        return (found if smooth_only else polish(smooth, found, data, operands)), info
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
         del key
-        chosen, fixed = tree.partition(params, trainable)
-        trained, info = optimum(jax.lax.stop_gradient(chosen), fixed, data)
-        whole = tree.merge(trained, fixed)
-        info = {**info, "stationarity": tree.norm(optimality(trained, fixed, data)), "objective": objective.value(whole, data)}
+        smooth, chosen, operands = lay_out(params, data)
+        stationary = partial(optimality, smooth)
+        rule = jaxopt.implicit_diff.custom_root(stationary, has_aux=True, solve=solve_linear)
+        trained, info = rule(partial(optimum, smooth))(jax.lax.stop_gradient(chosen), data, operands)
+        whole = tree.merge(trained, operands[0])
+        residual = tree.norm(stationary(trained, data, operands))
+        info = {**info, "stationarity": residual, "objective": objective.value(whole, data)}
         return whole, jax.lax.stop_gradient(info)
 
     def probe(key: Key, params: Params, data: Data, cotangent: Params) -> dict[str, jax.Array]:
         trained, info = fit(key, params, data)
-        chosen, fixed = tree.partition(trained, trainable)
+        smooth, chosen, operands = lay_out(trained, data)
         target, _ = tree.partition(cotangent, trainable)
-        matvec = hessian_at(chosen, fixed, data)
+        matvec = hessian_at(smooth, chosen, data, operands)
         solution = solve_linear(matvec, target)
         residual = tree.norm(tree.add_scaled(matvec(solution), -1.0, target)) / tree.norm(target)
         report = {"stationarity": info["stationarity"], "residual": residual}

@@ -22,12 +22,13 @@ def flip_labels(rows: Any, *, budget: Any) -> Threat:
     (a hard flip is a corner of the set).
 
     Args:
-      rows: `[k]` rows.
+      rows: `[k]` rows, or an integer k for the last k.
       budget: how many labels' worth of mass may move, at least 0.
 
     Returns:
       A `Threat` whose poison is `[k, c]`. The data must carry soft labels (`losses.soft_labels`).
     """
+    rows = checks.rows("rows", rows)
     checks.at_least("budget", budget, 0)
 
     def labels(data: Data) -> jax.Array:
@@ -35,6 +36,7 @@ def flip_labels(rows: Any, *, budget: Any) -> Threat:
             raise ValueError(
                 f"data.y: flip_labels needs soft labels [n, c] (losses.soft_labels), got shape {data.y.shape}."
             )
+        checks.rows_within("rows", rows, data.num_rows)
         return data.y[jnp.asarray(rows)]
 
     def init(key: Key, data: Data) -> jax.Array:
@@ -63,16 +65,18 @@ def reweigh(rows: Any, *, radius: Any) -> Threat:
     Threat: changes - weights of `rows`; sees - nothing; budget - `radius` a row; assumes - it controls sampling.
 
     Args:
-      rows: `[k]` rows.
+      rows: `[k]` rows, or an integer k for the last k.
       radius: non-negative.
 
     Returns:
       A `Threat` whose poison is `[k]`.
     """
+    rows = checks.rows("rows", rows)
     checks.at_least("radius", radius, 0)
 
     def init(key: Key, data: Data) -> jax.Array:
         del key
+        checks.rows_within("rows", rows, data.num_rows)
         return data.weight[jnp.asarray(rows)]
 
     def project(poison: jax.Array, data: Data) -> jax.Array:

@@ -26,16 +26,6 @@ def reserve(data: Data, start: Data) -> Data:
     return joined._replace(weight=joined.weight.at[data.num_rows :].set(0))
 
 
-def _check_rows(rows: Any, data: Data) -> None:
-    if checks.is_concrete(rows):
-        bad = [row for row in np.ravel(rows) if not 0 <= row < data.num_rows]
-        if bad:
-            raise ValueError(
-                f"rows: expected rows of the data, 0 to {data.num_rows - 1}, got {bad}: "
-                "reserve more rows (threat.reserve) or use fewer poisons."
-            )
-
-
 def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
     """The attacker fills reserved rows with inputs of its own; labels are those that were reserved.
 
@@ -52,23 +42,18 @@ def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
     Returns:
       A `Threat` whose poison is `[k, ...]`.
     """
-    last = isinstance(rows, int)
-    if last:
-        checks.count("rows", rows)
+    rows = checks.rows("rows", rows)
 
     def where(data: Data) -> Any:
-        if last and rows > data.num_rows:
-            raise ValueError(f"rows: the budget of {rows} poisons is larger than the {data.num_rows} rows of the data.")
-        chosen = np.arange(data.num_rows - rows, data.num_rows) if last else rows
-        _check_rows(chosen, data)
-        if checks.is_concrete((chosen, data.weight)):
-            taken = int(np.sum(np.asarray(data.weight)[np.asarray(chosen, int)] > 0))
+        checks.rows_within("rows", rows, data.num_rows)
+        if checks.is_concrete((rows, data.weight)):
+            taken = int(np.sum(np.asarray(data.weight)[rows] > 0))
             if taken:
                 raise ValueError(
-                    f"rows: expected {np.size(chosen)} reserved rows (weight 0), got {taken} that clean data already "
+                    f"rows: expected {rows.size} reserved rows (weight 0), got {taken} that clean data already "
                     "use: the poison budget is larger than the reserve (threat.reserve)."
                 )
-        return jnp.asarray(chosen)
+        return jnp.asarray(rows)
 
     def init(key: Key, data: Data) -> Any:
         del key
@@ -83,7 +68,7 @@ def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
         x = jax.tree.map(lambda leaf, p: leaf.at[chosen].set(p.astype(leaf.dtype)), data.x, poison)
         return data._replace(x=x, weight=data.weight.at[chosen].set(1))
 
-    return Threat(init, project, embed, jnp.arange(-rows, 0) if last else rows)
+    return Threat(init, project, embed, rows)
 
 
 def perturb_rows(
@@ -99,7 +84,7 @@ def perturb_rows(
     write to rows whose labels it does not control.
 
     Args:
-      rows: `[k]` rows.
+      rows: `[k]` rows, or an integer k for the last k.
       radius: non-negative, scalar or broadcastable to `[k, ...]`; infinite for the box alone.
       norm: `"linf"` or `"l2"`.
       lo: least value.
@@ -109,12 +94,13 @@ def perturb_rows(
     Returns:
       A `Threat` whose poison is `[k, ...]`, the perturbed inputs themselves.
     """
+    rows = checks.rows("rows", rows)
     checks.at_least("radius", radius, 0)
     checks.at_least("noise", noise, 0)
     checks.one_of("norm", norm, ("linf", "l2"))
 
     def init(key: Key, data: Data) -> Any:
-        _check_rows(rows, data)
+        checks.rows_within("rows", rows, data.num_rows)
         chosen = tree.take(data.x, jnp.asarray(rows))
         if isinstance(noise, (int, float)) and noise == 0:
             return chosen

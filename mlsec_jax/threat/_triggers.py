@@ -281,21 +281,24 @@ def backdoor(
 
     Args:
       trigger: what is stamped.
-      rows: `[k]` rows to stamp.
+      rows: `[k]` rows to stamp, or an integer k for the last k.
       relabel: `to_class(target)`, `to_next(num_classes)` or any function of labels; None: labels stay (clean-label).
-      into: `[k]` reserved rows that the stamped copies fill; None: the rows themselves are replaced.
+      into: `[k]` reserved rows (or an integer k) that the stamped copies fill; None: the rows themselves are replaced.
       place_key: where triggers of random place are put.
 
     Returns:
       A `Threat`.
     """
+    rows = checks.rows("rows", rows)
+    into = into if into is None else checks.rows("into", into)
     if into is not None and np.shape(into) != np.shape(rows):
         raise ValueError(f"into: expected as many rows as are stamped, {np.shape(rows)}, got {np.shape(into)}.")
-    rows = jnp.asarray(rows, jnp.int32)
-    places = rows if into is None else jnp.asarray(into, jnp.int32)
+    places = jnp.asarray(rows if into is None else into, jnp.int32)
 
     def embed(pattern: Any, data: Data) -> Data:
-        x, y = tree.take((data.x, data.y), rows)
+        for name, chosen in (("rows", rows), ("into", rows if into is None else into)):
+            checks.rows_within(name, chosen, data.num_rows)
+        x, y = tree.take((data.x, data.y), jnp.asarray(rows, jnp.int32))
         x = trigger.stamp(pattern, place_key, x)
         y = y if relabel is None else relabel(y).astype(data.y.dtype)
         weight = data.weight if into is None else data.weight.at[places].set(1)

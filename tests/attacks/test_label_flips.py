@@ -164,3 +164,21 @@ def test_zero_flips_and_bad_budgets(problem):
         attacks.flip_random(num_flips=1, num_classes=2)(jax.random.key(0), soft, mj.Known())
     with pytest.raises(ValueError, match=r"known\.params"):
         attacks.flip_margin(linear, num_flips=1)(jax.random.key(0), train, mj.Known())
+
+
+def test_stratified_flips_rank_within_their_class_in_linear_memory():
+    n, budget = 157, 40
+    y = jnp.asarray(np.repeat([2, 0, 1], [100, 17, 40]), jnp.int32)
+    data = mj.dataset(jnp.zeros((n, 1)), y)._replace(weight=jnp.ones(n).at[::9].set(0))
+    flip = attacks.flip_random(num_flips=budget, num_classes=3, stratify=True)
+    act = lambda data: flip(jax.random.key(3), data, mj.Known())
+    assert f"[{n},{n}]" not in str(jax.make_jaxpr(act)(data))
+    order_key, _ = jax.random.split(jax.random.key(3))
+    score, present = np.asarray(jax.random.uniform(order_key, (n,))), np.asarray(data.weight) > 0
+    share = np.full(n, np.inf, np.float32)
+    for c in range(3):
+        (rows,) = np.nonzero(present & (np.asarray(y) == c))
+        ranks = np.argsort(np.argsort(score[rows])).astype(np.float32)
+        share[rows] = (ranks + score[rows]) / np.float32(rows.size)
+    expected = np.isin(np.arange(n), np.argsort(share)[:budget])
+    np.testing.assert_array_equal(jax.jit(act)(data)[1]["flipped"], expected)

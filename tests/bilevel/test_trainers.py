@@ -84,6 +84,29 @@ def test_sparse_regression_agrees_on_its_active_set(l1, l2, x64):
     assert oracles.relative_error(jax.jit(value), data.x) <= 1e-6
 
 
+@pytest.mark.parametrize("name", ["l2", "closure", "l1"])
+def test_implicit_differentiates_what_its_objective_closes_over(name, x64):
+    problem = problems.make(jnp.float64)
+    apply = lambda params, x, key=None: x @ params["w"] + params["b"]
+    data = problem.train._replace(y=problem.train.x[:, 0] - 0.5 * problem.train.x[:, 1])
+    params = {"w": jnp.zeros(problems.DIM), "b": jnp.zeros(())}
+    outer = losses.empirical(losses.squared(apply))
+
+    @jax.jit
+    def value(number):
+        objective = {
+            "l2": lambda: losses.regularised(losses.squared(apply), l2=number, penalise=None),
+            "closure": lambda: losses.regularised(losses.squared(lambda p, x, key=None: apply(p, number * x)), l2=0.1),
+            "l1": lambda: losses.regularised(losses.squared(apply), l1=number, l2=0.05),
+        }[name]()
+        return outer(bilevel.implicit(objective)(jax.random.key(0), params, data)[0], data._replace(y=data.y + 1))
+
+    numbers = jnp.array([0.02, 0.03])
+    slopes = jax.jit(jax.vmap(jax.grad(value)))(numbers)
+    expected = [float(value(x + 1e-6) - value(x - 1e-6)) / 2e-6 for x in numbers]
+    np.testing.assert_allclose(slopes, expected, rtol=1e-6)
+
+
 def test_ridge_has_the_closed_form(x64):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 3)), rng.normal(size=20)
@@ -124,6 +147,28 @@ def test_only_trainable_leaves_move_and_are_differentiated(x64):
         assert oracles.relative_error(value, poison) <= 1e-6
 
 
+@pytest.mark.parametrize("why", ["no steps", "nothing trainable", "no params"])
+@pytest.mark.parametrize("reversal", ["stored", "approximate", "fixed_point", "exact"])
+def test_training_that_moves_nothing_gives_the_start_back(reversal, why):
+    problem = problems.make()
+    params = {} if why == "no params" else {**problem.params, "b": jnp.asarray([0.3, -0.1, 0.2])}
+    trainer = bilevel.back_gradient(
+        problem.loss_fn if params else lambda params, data, key=None: data.x[:, 0],
+        0.5,
+        0 if why == "no steps" else 3,
+        momentum=0.9 if reversal == "exact" else 0.0,
+        reversal=reversal,
+        trainable=None if why == "no steps" else lambda path, leaf: False,
+    )
+    trained, info = trainer(jax.random.key(0), params, problem.train)
+    assert oracles.trees_equal(trained, params)
+    assert set(info) == ({"loss", "overflow"} if reversal == "exact" else {"loss"}) and bool(jnp.isfinite(info["loss"]))
+    square = lambda start, x: tree.dot(*2 * [trainer(jax.random.key(0), start, problem.train._replace(x=x))[0]])
+    slopes = jax.grad(square, argnums=(0, 1))(params, problem.train.x)
+    assert oracles.trees_equal(slopes, (jax.tree.map(lambda leaf: 2 * leaf, params), jnp.zeros_like(problem.train.x)))
+    assert all(float(v) == 0 for v in trainer.probe(jax.random.key(0), params, problem.train, params).values())
+
+
 def test_approximate_reversal_keeps_the_direction_but_not_the_path(x64):
     problem = problems.make(jnp.float64)
     trainer = bilevel.back_gradient(problem.loss_fn, 0.1, STEPS, reversal="approximate")
@@ -150,6 +195,35 @@ def test_forward_marks_what_it_did_not_differentiate(x64):
     )
     gradient = jax.grad(value)(problem.train.x)
     assert bool(jnp.all(jnp.isnan(gradient[:-2]))) and bool(jnp.all(jnp.isfinite(gradient[-2:])))
+
+
+def test_forward_takes_a_traced_learning_rate_and_marks_its_derivative(x64):
+    problem = problems.make(jnp.float64)
+
+    def slope(rate):
+        value, poison = attack_loss(bilevel.forward(problem.loss_fn, optax.sgd(rate), 3, rows=2), problem)
+        return jax.grad(value)(poison)
+
+    swept = jax.jit(jax.vmap(slope))(jnp.array([0.1, 0.5]))
+    np.testing.assert_allclose(swept, jnp.stack([slope(0.1), slope(0.5)]), rtol=1e-10)
+    trained = lambda rate: bilevel.forward(problem.loss_fn, optax.sgd(rate), 3, rows=2)(
+        jax.random.key(0), problem.params, problem.train
+    )[0]
+    assert bool(jnp.isnan(jax.jit(jax.grad(lambda rate: jnp.sum(trained(rate)["b"] ** 2)))(0.1)))
+
+
+def test_forward_counts_its_last_rows_and_refuses_others():
+    problem = problems.make()
+
+    def touched(rows):
+        trainer = bilevel.forward(problem.loss_fn, MOMENTUM, 1, rows=rows)
+        fit = lambda x: jnp.sum(trainer(jax.random.key(0), problem.params, problem.train._replace(x=x))[0]["b"])
+        return np.flatnonzero(np.isfinite(jax.grad(fit)(problem.train.x)).all(axis=1)).tolist()
+
+    assert touched(np.int64(2)) == [12, 13] and touched([0, 5]) == [0, 5] and touched([]) == []
+    for rows in (99, [99]):
+        with pytest.raises(ValueError, match=r"^rows: expected"):
+            touched(rows)
 
 
 def test_diagnose_sees_an_active_set_change(x64):
@@ -242,6 +316,13 @@ def test_poisson_batches_have_the_stated_rate():
     [
         lambda f: bilevel.back_gradient(f, 0.1, 5, momentum=0.9, reversal="fixed_point"),
         lambda f: bilevel.back_gradient(f, 0.1, 5, reversal="exact"),
+        lambda f: bilevel.back_gradient(f, 0.1, 5, momentum=1.0, reversal="exact"),
+        lambda f: bilevel.back_gradient(f, 0.1, 5, momentum=0.9 + 1e-7, reversal="exact"),
+        lambda f: jax.jit(lambda m: bilevel.back_gradient(f, 0.1, 5, momentum=m) and m)(0.9),
+        lambda f: bilevel.back_gradient(f, -0.1, 5),
+        lambda f: bilevel.back_gradient(f, jnp.nan, 5, reversal="fixed_point"),
+        lambda f: losses.regularised(f, l2=-0.1),
+        lambda f: losses.regularised(f, l1=-0.1),
         lambda f: bilevel.back_gradient(f, 0.1, 5, reversal="magic"),
         lambda f: bilevel.unrolled(f, MOMENTUM, -1),
         lambda f: bilevel.unrolled(f, MOMENTUM, 5, remat="cube"),
@@ -251,7 +332,7 @@ def test_poisson_batches_have_the_stated_rate():
     ],
 )
 def test_bad_hyperparameters_are_named(call):
-    with pytest.raises(ValueError, match=r"^[a-z_]+: "):
+    with pytest.raises(ValueError, match=r"^[a-z0-9_]+: "):
         call(problems.make().loss_fn)
 
 

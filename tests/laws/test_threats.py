@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from mlsec_jax import threat
+from mlsec_jax import losses, threat
 from tests import oracles, problems, registry
 
 ROWS = registry.of("threat")
@@ -69,6 +70,38 @@ def test_radii_are_kept():
         assert float(moved.min()) >= 0 and float(moved.max()) <= 1
 
 
+def to_one(rows, into=None):
+    return threat.backdoor(threat.blend(jnp.ones(problems.DIM), opacity=0.5), rows, relabel=threat.to_class(1), into=into)
+
+
+BY_ROWS = {
+    "append_rows": threat.append_rows,
+    "perturb_rows": threat.perturb_rows,
+    "flip_labels": lambda rows: threat.flip_labels(rows, budget=1.0),
+    "reweigh": lambda rows: threat.reweigh(rows, radius=0.1),
+    "backdoor": to_one,
+}
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rows_are_an_array_or_a_count_of_the_last(name):
+    train = problems.make().train
+    train = train._replace(y=losses.soft_labels(train.y, problems.CLASSES)) if name == "flip_labels" else train
+
+    def poisoned(rows):
+        reach = BY_ROWS[name](rows)
+        poison = reach.init(jax.random.key(0), train)
+        moved = poison if name == "backdoor" else reach.project(jnp.full_like(poison, 0.5), train)
+        return reach.embed(moved, train), jnp.arange(train.num_rows)[jnp.asarray(reach.rows)]
+
+    two = poisoned([train.num_rows - 2, train.num_rows - 1])
+    assert two[1].tolist() == [12, 13] and not oracles.trees_equal(two[0], train)
+    for rows in (2, np.int64(2), np.array([-2, -1])):
+        assert oracles.trees_equal(poisoned(rows), two)
+    for nothing in ([], 0, np.zeros(0)):
+        assert oracles.trees_equal(poisoned(nothing)[0], train)
+
+
 @pytest.mark.parametrize(
     "call,match",
     [
@@ -77,7 +110,14 @@ def test_radii_are_kept():
         (lambda p: threat.perturb_rows([99], radius=1.0).init(None, p.train), "rows"),
         (lambda p: threat.append_rows(-1), "rows"),
         (lambda p: threat.append_rows(5).init(None, p.train), "larger than the reserve"),
-        (lambda p: threat.append_rows(99).init(None, p.train), "larger than the"),
+        (lambda p: threat.append_rows(99).init(None, p.train), "at most the 14 rows"),
+        (lambda p: threat.append_rows([99]).init(None, p.train), "rows: expected rows of the data, -14 to 13"),
+        (lambda p: threat.append_rows(jnp.int32(2)), "rows: expected integer rows"),
+        (lambda p: threat.perturb_rows([0.0]), "rows: expected integer rows"),
+        (lambda p: threat.perturb_rows([True, False]), "rows: expected integer rows"),
+        (lambda p: threat.reweigh([0, 14], radius=0.1).init(None, p.train), "rows"),
+        (lambda p: to_one([0], into=[0, 1]), "into"),
+        (lambda p: to_one([0], into=[14]).embed(None, p.train), "into"),
         (lambda p: threat.flip_labels([0], budget=1.0).init(None, p.train), "soft labels"),
         (lambda p: threat.reweigh([0], radius=-0.1), "radius"),
     ],
