@@ -13,6 +13,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit("error: the benchmarks need more packages: pip install 'mlsec_jax[bench]'") from error
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import STARTED, _machine, _record, _report
@@ -29,8 +30,10 @@ def _usage_errors() -> Iterator[None]:
     """Shows the message of what the caller can put right, without a traceback."""
     try:
         yield
-    except _record.UsageError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+    except (_record.UsageError, FileNotFoundError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's, not the words of a loader that says how to prepare the data
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
 
 
