@@ -57,11 +57,14 @@ def run(
     device: Annotated[Device | None, typer.Option(help="Default: what JAX prefers here.")] = None,
     devices: Annotated[int | None, typer.Option(help="Host devices the CPU is split into.", min=1)] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Networks in bfloat16: clean-label benchmarks, accelerators.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace records of another size or seed.")] = False,
 ) -> None:
     """Run benchmarks; write a record and plots for each, and show its figures beside the paper's."""
     with _usage_errors():
         _record.check_names(names)
         _record.writable(out)
+        if not force:
+            _record.check_replaceable(out, names, str(size), seed)
         _machine.choose(device, devices)
         card = _machine.start(device)
         from benchmarks import _run  # it imports JAX, which `choose` must come before

@@ -135,6 +135,22 @@ def writable(folder: Path) -> None:
         raise UsageError(f"--out: cannot write to {folder}: {error}.") from error
 
 
+def check_replaceable(folder: Path, names: Sequence[str], size: str, seed: int) -> None:
+    """Raises where a run would replace a record of another size or seed, which may have taken hours."""
+    for name in names:
+        path = folder / f"{name}.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # none, or damaged: nothing is lost
+        there = (record.get("size"), record.get("seed")) if isinstance(record, dict) else (size, seed)
+        if there != (size, seed):
+            raise UsageError(
+                f"--out: {path} is a record of size {there[0]} and seed {there[1]}, which size {size} and seed {seed} "
+                "would replace: pass --force, or another --out."
+            )
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes the file so that it is never half there: to a temporary name beside it, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # mkstemp's would be readable by its owner only

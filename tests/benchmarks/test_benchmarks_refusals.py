@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 from benchmarks import _machine, _record
 from benchmarks.__main__ import app
+from benchmarks._record import Result
 
 
 @pytest.fixture
@@ -13,6 +14,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(_record, "_registered", {})
     monkeypatch.setattr(_machine, "choose", lambda device, devices: None)
     monkeypatch.setattr(_machine, "start", lambda device: "1 x cpu")
+    monkeypatch.setattr(_machine, "versions", lambda: {"jax": "0"})  # seconds a run
+    monkeypatch.setattr(_machine, "fingerprint", lambda device: "code")
     return lambda function, name="fake", **options: _record.benchmark(function, name=name, **options)
 
 
@@ -32,3 +35,20 @@ def test_missing_data_are_said_without_a_traceback(fake, tmp_path):
     assert said.endswith("error: data set 'mnist' is not prepared: it should hold X [n, 32, 32] and mlsec_jax[bench].")
     fake(lambda size, seed, context: (tmp_path / "not there").read_text())  # a mistake of the benchmark's own keeps its traceback
     assert isinstance(cli("run", "fake", "--out", tmp_path)[0].exception, FileNotFoundError)
+
+
+def test_a_record_of_another_size_or_seed_is_replaced_only_by_force(fake, tmp_path):
+    fake(lambda size, seed, context: Result({"x": seed}))
+    fake(lambda size, seed, context: pytest.fail("computed"), name="never")
+    run = lambda *arguments: cli("run", *arguments, "--out", tmp_path)
+    path = tmp_path / "fake.json"
+    assert run("fake", "--size", "full")[0].exit_code == 0
+    first = path.read_bytes()
+    for arguments in (("fake",), ("fake", "--size", "full", "--seed", 1), ("never", "fake")):
+        done, said = run(*arguments)
+        assert done.exit_code == 2 and path.read_bytes() == first, said
+        assert "fake.json is a record of size full and seed 0" in said and "pass --force, or another --out." in said
+    assert run("fake", "--size", "full")[0].exit_code == 0  # the same again, as `make demo`
+    assert run("fake", "--seed", 1, "--force")[0].exit_code == 0 and path.read_bytes() != first
+    path.write_text("{")
+    assert run("fake")[0].exit_code == 0  # a damaged one is no loss
