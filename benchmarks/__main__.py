@@ -81,8 +81,9 @@ def run(
 def report(out: Out = Path("runs")) -> None:
     """Render all records of a folder into one self-contained page, report.html."""
     with _usage_errors():
+        records = _record.read_all(out)
         _record.writable(out)
-        page = _report.page(_record.read_all(out), out)
+        page = _report.page(records, out)
         _record.replace_file(out / "report.html", page.encode())
         Console().print(str(out / "report.html"), soft_wrap=True, highlight=False)
 

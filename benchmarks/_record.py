@@ -18,6 +18,8 @@ import numpy as np
 
 SIZES = ("small", "full", "paper")
 FIELDS = ("benchmark", "size", "seed", "device", "versions", "seconds", "reductions", "figures", "paper")
+KINDS = {"benchmark": str, "size": str, "seed": int, "device": str, "versions": dict}
+KINDS |= {"reductions": list, "figures": dict, "paper": dict}
 STARTUP = ("seconds_starting", "seconds_compiling")  # beside `seconds`; records made before they existed lack them
 
 
@@ -171,13 +173,32 @@ def write(folder: Path, record: Mapping[str, Any]) -> Path:
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
     """The records of a folder by name; files that are no records raise."""
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in FIELDS if key not in record]
-        if missing:
-            raise UsageError(f"{path} is not a benchmark's record: it lacks {', '.join(missing)}.")
-        records.append(record)
+    records = [_read(path) for path in sorted(folder.glob("*.json"))]
     if not records:
         raise UsageError(f"--out: no record in {folder}; `python -m benchmarks run NAME --out {folder}` makes one.")
     return records
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The record of a file; raises naming the file and what is wrong with it."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"expected an object, got {type(record).__name__}")
+        missing = [key for key in FIELDS if key not in record]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        for key, kind in KINDS.items():
+            if not isinstance(record[key], kind) or isinstance(record[key], bool):
+                raise ValueError(f"{key}: expected {kind.__name__}, got {record[key]!r}")
+        if not all(isinstance(text, str) for text in record["versions"].values()):
+            raise ValueError(f"versions: expected strings, got {record['versions']!r}")
+        bad = [key for key, each in record["paper"].items() if not isinstance(each, dict) or {*each} != {"value", "source"}]
+        if bad:
+            raise ValueError(f"paper: expected a value and a source each, got others for {', '.join(bad)}")
+        _number("seconds", record["seconds"])
+        paper = {key: Paper(each["value"], each["source"]) for key, each in record["paper"].items()}
+        checked(Result(record["figures"], record["reductions"], paper))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a benchmark's record: {str(error).rstrip('.')}.") from error
+    return record

@@ -1,5 +1,7 @@
 """What the command line refuses, and with which words; with a benchmark made up here, and in this process."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -52,3 +54,48 @@ def test_a_record_of_another_size_or_seed_is_replaced_only_by_force(fake, tmp_pa
     assert run("fake", "--seed", 1, "--force")[0].exit_code == 0 and path.read_bytes() != first
     path.write_text("{")
     assert run("fake")[0].exit_code == 0  # a damaged one is no loss
+
+
+WHOLE = {"benchmark": "fake", "size": "small", "seed": 0, "device": "1 x cpu", "versions": {"jax": "0"}, "seconds": 1.5}
+WHOLE |= {"reductions": ["tiny"], "figures": {"x": 1}, "paper": {"x": {"value": 1, "source": "here"}}}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "Expecting value"),
+        (json.dumps(WHOLE)[:50].encode(), "line 1 column"),
+        (b"\xff\xfe", "decode"),
+        (b"null", "expected an object, got NoneType"),
+        (b"[]", "expected an object, got list"),
+        (b"{}", "it lacks benchmark, size"),
+        *[
+            (json.dumps({**WHOLE, key: value}).encode(), message)
+            for key, value, message in [
+                ("size", 3, "size: expected str, got 3"),
+                ("seed", "x", "seed: expected int, got 'x'"),
+                ("seconds", None, "seconds: expected a finite number, got None"),
+                ("versions", {"jax": 1}, "versions: expected strings"),
+                ("figures", [1], "figures: expected dict"),
+                ("figures", {"x": None}, "figures['x']: expected a finite number"),
+                ("reductions", [1], "reductions: expected a list of sentences"),
+                ("paper", {"x": 1}, "paper: expected a value and a source each, got others for x"),
+                ("paper", {"x": {"value": 1}}, "got others for x"),
+                ("paper", {"x": {"value": "1", "source": "here"}}, "expected a finite number"),
+            ]
+        ],
+    ],
+)
+def test_report_names_a_damaged_record(tmp_path, content, message):
+    (tmp_path / "good.json").write_text(json.dumps(WHOLE))
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(_record.UsageError, match=r"x\.json is not a benchmark's record: .*[^.]\.$") as raised:
+        _record.read_all(tmp_path)
+    assert message in str(raised.value)
+
+
+def test_report_makes_no_folder(tmp_path):
+    done, said = cli("report", "--out", tmp_path / "missing")
+    assert done.exit_code == 2 and "error: --out: no record in" in said and not list(tmp_path.iterdir())
+    (tmp_path / "fake.json").write_text(json.dumps(WHOLE))
+    assert cli("report", "--out", tmp_path)[0].exit_code == 0 and (tmp_path / "report.html").is_file()
