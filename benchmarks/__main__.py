@@ -69,6 +69,8 @@ def run(
         card = _machine.start(device)
         from benchmarks import _run  # it imports JAX, which `choose` must come before
 
+        if bf16:
+            _record.check_bfloat16(names)
         started: float | None = STARTED
         for name in names:
             Console(stderr=True).print(f"{name} ({size}, seed {seed}) on {card}", highlight=False, soft_wrap=True)

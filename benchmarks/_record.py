@@ -97,6 +97,13 @@ def find(name: str) -> Benchmark:
     return _registered[name]
 
 
+def check_bfloat16(names: Sequence[str]) -> None:
+    """Raises on a benchmark that cannot compute in bfloat16; imports their files."""
+    unfit = [name for name in names if not find(name).bfloat16]
+    if unfit:
+        raise UsageError(f"--bf16: expected benchmarks that heed it, got {', '.join(unfit)}: in float32 or float64 only.")
+
+
 def checked(result: Result) -> dict[str, Any]:
     """The result's part of the record: plain numbers, all finite; raises naming what is not."""
     figures = {key: _number(f"figures[{key!r}]", value) for key, value in result.figures.items()}

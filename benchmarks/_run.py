@@ -139,8 +139,7 @@ def run(
     entry = _record.find(name)
     _record.writable(out)
     if bfloat16:
-        if not entry.bfloat16:
-            raise _record.UsageError(f"--bf16: {name} computes in float32 or float64 only.")
+        _record.check_bfloat16([name])
         device = f"{device}, networks in bfloat16"
     context = Context(name, size, seed, out, _machine.fingerprint(device), console, bfloat16)
     start = time.perf_counter()

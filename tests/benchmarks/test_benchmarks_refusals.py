@@ -99,3 +99,10 @@ def test_report_makes_no_folder(tmp_path):
     assert done.exit_code == 2 and "error: --out: no record in" in said and not list(tmp_path.iterdir())
     (tmp_path / "fake.json").write_text(json.dumps(WHOLE))
     assert cli("report", "--out", tmp_path)[0].exit_code == 0 and (tmp_path / "report.html").is_file()
+
+
+def test_bf16_is_refused_before_anything_computes(fake, tmp_path):
+    fake(lambda size, seed, context: pytest.fail("computed"), name="fit", bfloat16=True)
+    fake(lambda size, seed, context: Result({"x": 1}))
+    done, said = cli("run", "fit", "fake", "--bf16", "--out", tmp_path)
+    assert done.exit_code == 2 and "error: --bf16: expected benchmarks that heed it, got fake:" in said
