@@ -52,7 +52,7 @@ def run(
     size: Annotated[Size, typer.Option(help="small: seconds; full: at most hours; paper: everything, resumable.")] = (
         Size.small  # type: ignore[attr-defined]
     ),
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.", min=0, max=2**32 - 1)] = 0,  # JAX wraps larger ones
     out: Out = Path("runs"),
     device: Annotated[Device | None, typer.Option(help="Default: what JAX prefers here.")] = None,
     devices: Annotated[int | None, typer.Option(help="Host devices the CPU is split into.", min=1)] = None,

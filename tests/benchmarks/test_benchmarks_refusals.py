@@ -106,3 +106,10 @@ def test_bf16_is_refused_before_anything_computes(fake, tmp_path):
     fake(lambda size, seed, context: Result({"x": 1}))
     done, said = cli("run", "fit", "fake", "--bf16", "--out", tmp_path)
     assert done.exit_code == 2 and "error: --bf16: expected benchmarks that heed it, got fake:" in said
+
+
+def test_seeds_that_jax_would_wrap_are_refused(fake, tmp_path):
+    fake(lambda size, seed, context: Result({"x": seed}))
+    assert cli("run", "fake", "--seed", 2**32, "--out", tmp_path)[0].exit_code == 2
+    assert cli("run", "fake", "--seed", 2**32 - 1, "--out", tmp_path)[0].exit_code == 0
+    assert json.loads((tmp_path / "fake.json").read_text())["figures"] == {"x": 2**32 - 1}
