@@ -297,11 +297,40 @@ def test_table_round_trip_and_errors(tmp_path, monkeypatch):
         data.table("spambase", data_dir=tmp_path)
     with pytest.raises(ValueError, match="name: expected one of adult"):
         data.table("../adult", data_dir=tmp_path)
-    np.savez(tmp_path / "spambase.npz", X=np.eye(2), feature_names=np.array(["a", "b"]))
+    np.savez(tmp_path / "spambase.npz", X=np.eye(2), y=np.arange(2), feature_names=np.array(["a", "b"]))
     monkeypatch.setenv("MLSEC_JAX_DATA", str(tmp_path))
     arrays = data.table("spambase")
     np.testing.assert_array_equal(arrays["X"], np.eye(2))
     assert arrays["feature_names"].tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"y": np.arange(3)}, r"as many rows in X as in y, got shapes \[\(2,\), \(3,\)\]\."),
+        ({"y": np.array(1)}, "as many rows in X as in y"),
+        ({"X": np.array([[0, np.nan], [0, 1]])}, r"finite numbers, got others in X\."),
+        ({"y": None}, r"y too, got X, feature_names\."),
+        ({"feature_names": None}, r"feature_names too, got X, y\."),
+        ({"y": np.array([None, 1])}, "plain arrays as numpy.savez writes them, got a damaged or another file"),
+        (b"junk", "plain arrays as numpy.savez writes them"),
+        (b"", "plain arrays as numpy.savez writes them"),
+        ("flip", "plain arrays as numpy.savez writes them"),
+    ],
+)
+def test_table_names_a_file_that_is_amiss(tmp_path, change, message):
+    path = tmp_path / "spambase.npz"
+    if change == "flip":
+        np.savez_compressed(path, X=np.arange(1000))
+        path.write_bytes(path.read_bytes().replace(path.read_bytes()[200:210], b"\xff" * 10))
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        arrays = {"X": np.eye(2), "y": np.arange(2), "feature_names": np.array(["a", "b"]), **change}
+        np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(ValueError, match=f"table 'spambase': expected {re.escape(str(path))} to hold {message}") as raised:
+        data.table("spambase", data_dir=tmp_path)
+    assert "allow_pickle" not in str(raised.value)
 
 
 @needs_tables
