@@ -101,7 +101,7 @@ def check_bfloat16(names: Sequence[str]) -> None:
     """Raises on a benchmark that cannot compute in bfloat16; imports their files."""
     unfit = [name for name in names if not find(name).bfloat16]
     if unfit:
-        raise UsageError(f"--bf16: expected benchmarks that heed it, got {', '.join(unfit)}: in float32 or float64 only.")
+        raise UsageError(f"--bf16: expected benchmarks that heed it, got {', '.join(unfit)}, which do not.")
 
 
 def checked(result: Result) -> dict[str, Any]:
@@ -200,11 +200,12 @@ def _read(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{key}: expected {kind.__name__}, got {record[key]!r}")
         if not all(isinstance(text, str) for text in record["versions"].values()):
             raise ValueError(f"versions: expected strings, got {record['versions']!r}")
-        bad = [key for key, each in record["paper"].items() if not isinstance(each, dict) or {*each} != {"value", "source"}]
+        published = record["paper"].items()
+        bad = [key for key, each in published if not isinstance(each, dict) or {*each} != {"value", "source"}]
         if bad:
             raise ValueError(f"paper: expected a value and a source each, got others for {', '.join(bad)}")
         _number("seconds", record["seconds"])
-        paper = {key: Paper(each["value"], each["source"]) for key, each in record["paper"].items()}
+        paper = {key: Paper(each["value"], each["source"]) for key, each in published}
         checked(Result(record["figures"], record["reductions"], paper))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not a benchmark's record: {str(error).rstrip('.')}.") from error

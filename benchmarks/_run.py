@@ -61,7 +61,7 @@ class Context:
         yield from track(items, description=f"{self.name}: {label}", console=self._console, disable=quiet)
 
     def once(self, item: str, fn: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Computes an item unless an interrupted run of the same size, seed, code and device has finished it.
+        """Computes an item unless an interrupted run of the same size, seed, code, device and data has finished it.
 
         Args:
           item: its name, different for each (`"split-3"`).

@@ -1,4 +1,4 @@
-"""What the command line refuses, and with which words; with a benchmark made up here, and in this process."""
+"""What the command line refuses, and with which words, and what a run does not take over; all in this process."""
 
 import json
 
@@ -105,7 +105,7 @@ def test_bf16_is_refused_before_anything_computes(fake, tmp_path):
     fake(lambda size, seed, context: pytest.fail("computed"), name="fit", bfloat16=True)
     fake(lambda size, seed, context: Result({"x": 1}))
     done, said = cli("run", "fit", "fake", "--bf16", "--out", tmp_path)
-    assert done.exit_code == 2 and "error: --bf16: expected benchmarks that heed it, got fake:" in said
+    assert done.exit_code == 2 and "error: --bf16: expected benchmarks that heed it, got fake," in said
 
 
 def test_seeds_that_jax_would_wrap_are_refused(fake, tmp_path):
@@ -113,3 +113,31 @@ def test_seeds_that_jax_would_wrap_are_refused(fake, tmp_path):
     assert cli("run", "fake", "--seed", 2**32, "--out", tmp_path)[0].exit_code == 2
     assert cli("run", "fake", "--seed", 2**32 - 1, "--out", tmp_path)[0].exit_code == 0
     assert json.loads((tmp_path / "fake.json").read_text())["figures"] == {"x": 2**32 - 1}
+
+
+def test_items_of_other_data_are_not_taken_over(monkeypatch, tmp_path):
+    monkeypatch.setattr(_machine, "versions", lambda: {"jax": "0"})
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.delenv("MLSEC_JAX_DATA", raising=False)
+    seen = [_machine.fingerprint("cpu")]
+
+    def changed():
+        seen.append(_machine.fingerprint("cpu"))
+        return seen[-1] not in seen[:-1] and seen[-1] == _machine.fingerprint("cpu")
+
+    for variable, file in (("TFDS_DATA_DIR", "mnist/3.0.1/dataset_info.json"), ("MLSEC_JAX_DATA", "spambase.npz")):
+        path = tmp_path / variable / file
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+        assert changed()
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        assert changed()
+        path.write_text("{ }")
+        assert changed()
+    path = tmp_path / "home" / "tensorflow_datasets" / "mnist" / "3.0.1" / "dataset_info.json"
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    assert changed()
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert changed()
