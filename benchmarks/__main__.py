@@ -13,6 +13,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit("error: the benchmarks need more packages: pip install 'mlsec_jax[bench]'") from error
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import STARTED, _machine, _record, _report
@@ -29,8 +30,10 @@ def _usage_errors() -> Iterator[None]:
     """Shows the message of what the caller can put right, without a traceback."""
     try:
         yield
-    except _record.UsageError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+    except (_record.UsageError, FileNotFoundError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's, not the words of a loader that says how to prepare the data
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
 
 
@@ -49,20 +52,25 @@ def run(
     size: Annotated[Size, typer.Option(help="small: seconds; full: at most hours; paper: everything, resumable.")] = (
         Size.small  # type: ignore[attr-defined]
     ),
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.", min=0, max=2**32 - 1)] = 0,  # JAX wraps larger ones
     out: Out = Path("runs"),
     device: Annotated[Device | None, typer.Option(help="Default: what JAX prefers here.")] = None,
     devices: Annotated[int | None, typer.Option(help="Host devices the CPU is split into.", min=1)] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Networks in bfloat16: clean-label benchmarks, accelerators.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace records of another size or seed.")] = False,
 ) -> None:
     """Run benchmarks; write a record and plots for each, and show its figures beside the paper's."""
     with _usage_errors():
         _record.check_names(names)
         _record.writable(out)
+        if not force:
+            _record.check_replaceable(out, names, str(size), seed)
         _machine.choose(device, devices)
         card = _machine.start(device)
         from benchmarks import _run  # it imports JAX, which `choose` must come before
 
+        if bf16:
+            _record.check_bfloat16(names)
         started: float | None = STARTED
         for name in names:
             Console(stderr=True).print(f"{name} ({size}, seed {seed}) on {card}", highlight=False, soft_wrap=True)
@@ -75,8 +83,9 @@ def run(
 def report(out: Out = Path("runs")) -> None:
     """Render all records of a folder into one self-contained page, report.html."""
     with _usage_errors():
+        records = _record.read_all(out)
         _record.writable(out)
-        page = _report.page(_record.read_all(out), out)
+        page = _report.page(records, out)
         _record.replace_file(out / "report.html", page.encode())
         Console().print(str(out / "report.html"), soft_wrap=True, highlight=False)
 

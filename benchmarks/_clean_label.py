@@ -37,11 +37,13 @@ class Images(NamedTuple):
     notes: tuple[str, ...]
 
 
-def images(embedded: bool = False) -> Images:
-    """CIFAR-10 where it is prepared, else (or if asked) the 5,000 embedded MNIST digits (3,500 train)."""
+def images(embedded: bool = False, *, fallback: bool = False) -> Images:
+    """CIFAR-10, or the 5,000 embedded MNIST digits (3,500 train); with `fallback` those where CIFAR-10 isn't prepared."""
     try:
         parts = None if embedded else [data.load("cifar10", split=split, index=True) for split in ("train", "test")]
     except FileNotFoundError:
+        if not fallback:
+            raise
         parts = None
     if parts is None:
         x, y = data.mnist5k()

@@ -97,14 +97,30 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(device: str) -> str:
-    """A digest of all that a finished item depends on but its seed: the sources, the versions and the device."""
+    """A digest of all that a finished item depends on but its seed: sources, versions, device, prepared data."""
     import mlsec_jax
 
-    digest = hashlib.sha256(repr((device, sorted(versions().items()))).encode())
+    digest = hashlib.sha256(repr((device, sorted(versions().items()), _prepared())).encode())
     for package in (Path(mlsec_jax.__file__).parent, Path(__file__).parent):
         for path in sorted(package.rglob("*.py")):
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def _prepared() -> list[tuple]:
+    """The folders of data sets and tables, and what lies there by name, size and time: no content is read."""
+    found: list[tuple] = []
+    for variable, default, patterns in (
+        ("TFDS_DATA_DIR", "~/tensorflow_datasets", ("*/*/dataset_info.json", "*/*/*/dataset_info.json")),
+        ("MLSEC_JAX_DATA", "", ("*.npz", "*.json")),
+    ):
+        root = os.environ.get(variable) or default
+        if root:
+            folder = Path(root).expanduser().resolve()
+            files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+            stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
+            found += [(variable, str(folder)), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
+    return found
 
 
 def _cores() -> int:

@@ -18,6 +18,8 @@ import numpy as np
 
 SIZES = ("small", "full", "paper")
 FIELDS = ("benchmark", "size", "seed", "device", "versions", "seconds", "reductions", "figures", "paper")
+KINDS = {"benchmark": str, "size": str, "seed": int, "device": str, "versions": dict}
+KINDS |= {"reductions": list, "figures": dict, "paper": dict}
 STARTUP = ("seconds_starting", "seconds_compiling")  # beside `seconds`; records made before they existed lack them
 
 
@@ -95,6 +97,13 @@ def find(name: str) -> Benchmark:
     return _registered[name]
 
 
+def check_bfloat16(names: Sequence[str]) -> None:
+    """Raises on a benchmark that cannot compute in bfloat16; imports their files."""
+    unfit = [name for name in names if not find(name).bfloat16]
+    if unfit:
+        raise UsageError(f"--bf16: expected benchmarks that heed it, got {', '.join(unfit)}, which do not.")
+
+
 def checked(result: Result) -> dict[str, Any]:
     """The result's part of the record: plain numbers, all finite; raises naming what is not."""
     figures = {key: _number(f"figures[{key!r}]", value) for key, value in result.figures.items()}
@@ -135,6 +144,22 @@ def writable(folder: Path) -> None:
         raise UsageError(f"--out: cannot write to {folder}: {error}.") from error
 
 
+def check_replaceable(folder: Path, names: Sequence[str], size: str, seed: int) -> None:
+    """Raises where a run would replace a record of another size or seed, which may have taken hours."""
+    for name in names:
+        path = folder / f"{name}.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # none, or damaged: nothing is lost
+        there = (record.get("size"), record.get("seed")) if isinstance(record, dict) else (size, seed)
+        if there != (size, seed):
+            raise UsageError(
+                f"--out: {path} is a record of size {there[0]} and seed {there[1]}, which size {size} and seed {seed} "
+                "would replace: pass --force, or another --out."
+            )
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes the file so that it is never half there: to a temporary name beside it, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # mkstemp's would be readable by its owner only
@@ -155,13 +180,33 @@ def write(folder: Path, record: Mapping[str, Any]) -> Path:
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
     """The records of a folder by name; files that are no records raise."""
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in FIELDS if key not in record]
-        if missing:
-            raise UsageError(f"{path} is not a benchmark's record: it lacks {', '.join(missing)}.")
-        records.append(record)
+    records = [_read(path) for path in sorted(folder.glob("*.json"))]
     if not records:
         raise UsageError(f"--out: no record in {folder}; `python -m benchmarks run NAME --out {folder}` makes one.")
     return records
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The record of a file; raises naming the file and what is wrong with it."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"expected an object, got {type(record).__name__}")
+        missing = [key for key in FIELDS if key not in record]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        for key, kind in KINDS.items():
+            if not isinstance(record[key], kind) or isinstance(record[key], bool):
+                raise ValueError(f"{key}: expected {kind.__name__}, got {record[key]!r}")
+        if not all(isinstance(text, str) for text in record["versions"].values()):
+            raise ValueError(f"versions: expected strings, got {record['versions']!r}")
+        published = record["paper"].items()
+        bad = [key for key, each in published if not isinstance(each, dict) or {*each} != {"value", "source"}]
+        if bad:
+            raise ValueError(f"paper: expected a value and a source each, got others for {', '.join(bad)}")
+        _number("seconds", record["seconds"])
+        paper = {key: Paper(each["value"], each["source"]) for key, each in published}
+        checked(Result(record["figures"], record["reductions"], paper))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a benchmark's record: {str(error).rstrip('.')}.") from error
+    return record

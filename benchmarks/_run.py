@@ -61,7 +61,7 @@ class Context:
         yield from track(items, description=f"{self.name}: {label}", console=self._console, disable=quiet)
 
     def once(self, item: str, fn: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Computes an item unless an interrupted run of the same size, seed, code and device has finished it.
+        """Computes an item unless an interrupted run of the same size, seed, code, device and data has finished it.
 
         Args:
           item: its name, different for each (`"split-3"`).
@@ -72,7 +72,7 @@ class Context:
         """
         _check_name("item", item)
         path = self._parts / f"{item}.npz"
-        stored = _cache.read_npz(path)
+        stored = _cache.read_npz(path, (_SECONDS,))
         if stored is None:
             start = time.perf_counter()
             arrays = {key: np.asarray(value) for key, value in fn().items()}
@@ -139,8 +139,7 @@ def run(
     entry = _record.find(name)
     _record.writable(out)
     if bfloat16:
-        if not entry.bfloat16:
-            raise _record.UsageError(f"--bf16: {name} computes in float32 or float64 only.")
+        _record.check_bfloat16([name])
         device = f"{device}, networks in bfloat16"
     context = Context(name, size, seed, out, _machine.fingerprint(device), console, bfloat16)
     start = time.perf_counter()

@@ -33,19 +33,17 @@ class Digits(NamedTuple):
 
 
 def digits(num_train: int | None = None, *, embedded: bool = False, num_clean: int = 2000) -> Digits:
-    """MNIST where it is prepared, else (or if asked) the 5,000 embedded digits.
+    """MNIST, which has to be prepared, or the 5,000 embedded digits.
 
     Args:
       num_train: rows for training, the first of them in the given order; None: all.
-      embedded: take the embedded digits anyway.
+      embedded: take the embedded digits, whatever is prepared.
       num_clean: rows kept for defenders, the training set's last (fewer of the embedded ones); nobody trains on them.
     """
-    try:
-        parts = None if embedded else [data.load("mnist", split=split) for split in ("train", "test")]
-    except FileNotFoundError:
-        parts = None
     notes: tuple[str, ...] = ()
-    if parts is None:
+    if not embedded:
+        parts = [data.load("mnist", split=split) for split in ("train", "test")]
+    else:
         x, y = data.mnist5k()
         order = np.random.default_rng(0).permutation(len(x))
         parts, num_clean = [(x[order[:3500]], y[order[:3500]]), (x[order[3500:]], y[order[3500:]])], min(num_clean, 500)

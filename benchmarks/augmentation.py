@@ -73,13 +73,10 @@ class Task(NamedTuple):
 
 
 def pictures_of(name: str | None) -> Images:
-    """CIFAR-10 or Fashion-MNIST where it is prepared, else (or for None) the embedded digits."""
+    """CIFAR-10 or Fashion-MNIST, which has to be prepared; for None the embedded digits."""
     if name != "fashion_mnist":
         return images(embedded=name is None)
-    try:
-        (x, y), (x_test, y_test) = (data.load(name, split=split) for split in ("train", "test"))
-    except FileNotFoundError:
-        return images(embedded=True)
+    (x, y), (x_test, y_test) = (data.load(name, split=split) for split in ("train", "test"))
     return Images(x, y, x_test, y_test, ("Fashion-MNIST, not CIFAR-10",))
 
 

@@ -73,12 +73,17 @@ def apply_fn(params: Any, x: jax.Array, key: Any = None) -> jax.Array:
     return x @ params["w"] + params["b"][None]
 
 
-def digits(classes: tuple[int, ...], size: Size) -> tuple[mj.Data, mj.Data, list[str]]:
-    """`(training rows with some reserved, test rows, notes)`: flat images in [0, 1], labels from 0."""
+def digits(classes: tuple[int, ...], size: Size, fallback: bool) -> tuple[mj.Data, mj.Data, list[str]]:
+    """`(training rows with some reserved, test rows, notes)`: flat images in [0, 1], labels from 0.
+
+    With `fallback` they are the embedded digits where MNIST isn't prepared.
+    """
     notes: list[str] = []
     try:
         parts = [data.load("mnist", split=split) for split in ("train", "test")]
     except FileNotFoundError:
+        if not fallback:
+            raise
         x, y = data.mnist5k()
         order = np.random.default_rng(0).permutation(len(x))
         parts = [(x[order[:3500]], y[order[:3500]]), (x[order[3500:]], y[order[3500:]])]
@@ -233,7 +238,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     notes: list[str] = []
     violations = n_trials = 0
     for task, classes in TASKS.items():
-        rows, tests, notes = digits(classes, chosen)
+        rows, tests, notes = digits(classes, chosen, fallback=size == "small")
         num_rows = int(np.count_nonzero(rows.weight))
         for name, victim in victims(chosen, num_rows, len(classes), rows.x.shape[1]).items():
             own = jax.tree.map(lambda leaf: leaf[:SMOOTHED], rows) if name == "smooth" else rows

@@ -225,11 +225,13 @@ def judge(key: base.Key, recipe: Recipe, sets: Mapping[str, base.Data], test: ba
     return scores
 
 
-def _digits() -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], list[str]]:
-    """MNIST's training and test rows; without a prepared copy, the 5,000 embedded digits."""
+def _digits(size: str) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], list[str]]:
+    """MNIST's training and test rows; at size small, without a prepared copy, the 5,000 embedded digits."""
     try:
         return data.load("mnist", split="train"), data.load("mnist", split="test"), []
     except FileNotFoundError:
+        if size != "small":
+            raise
         x, y = data.mnist5k()
         order = np.random.default_rng(0).permutation(len(x))
         x, y = x[order], y[order]
@@ -240,7 +242,7 @@ def _digits() -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], list[str]
 def run(size: str, seed: int, context: Any) -> Result:
     """The targeted attack and the availability attack, each judged on victims of its own recipe."""
     chosen = SIZES[size]
-    (x, y), (x_test, y_test), reductions = _digits()
+    (x, y), (x_test, y_test), reductions = _digits(size)
     split_key, attack_key, flip_key, victim_key = jax.random.split(context.key, 4)
     order = np.asarray(jax.random.permutation(split_key, len(x)))[:6000]
     train, holdout, pool = (

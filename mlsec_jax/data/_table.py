@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,13 @@ _TABLES = {
     "gtsrb_subset": "German traffic signs: X_train, X_test [n, 32, 32, 3] uint8, y_*, files_*",
     "speech_commands_logmel": "Speech Commands v0.02: X_train, X_test [n, 32, 32] uint8 log-mel, y_*, speakers_*, "
     "classes",
+}
+_ROWS = {  # what each file has to hold, those of as many rows together
+    "adult": ("X_train y_train", "X_test y_test", "feature_names is_categorical"),
+    "spambase": ("X y", "feature_names"),
+    "att_faces": ("images labels",),
+    "gtsrb_subset": ("X_train y_train files_train", "X_test y_test files_test"),
+    "speech_commands_logmel": ("X_train y_train speakers_train", "X_test y_test speakers_test", "classes"),
 }
 
 
@@ -30,6 +39,7 @@ def table(name: str, *, data_dir: str | os.PathLike | None = None) -> dict[str, 
 
     Raises:
       FileNotFoundError: the folder or the file is missing; the message says what the file has to hold.
+      ValueError: no such table; a file that is no npz of plain arrays, lacks one, or whose rows or numbers are amiss.
 
     >>> table("wine")
     Traceback (most recent call last):
@@ -50,5 +60,22 @@ def table(name: str, *, data_dir: str | os.PathLike | None = None) -> dict[str, 
             f"table {name!r}: there is no {path} (MLSEC_JAX_DATA or data_dir names the folder). "
             f"Make it with numpy.savez_compressed; it should hold {_TABLES[name]}."
         )
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    expected = f"table {name!r}: expected {path} to hold"
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+        # numpy's own words advise to unpickle what may be a stranger's
+        message = f"{expected} plain arrays as numpy.savez writes them, got a damaged or another file."
+        raise ValueError(message) from error
+    for group in _ROWS[name]:
+        missing = [each for each in group.split() if each not in arrays]
+        if missing:
+            raise ValueError(f"{expected} {', '.join(missing)} too, got {', '.join(arrays) or 'nothing'}.")
+        sizes = {each: arrays[each].shape[:1] for each in group.split()}
+        if len(set(sizes.values())) > 1 or () in sizes.values():
+            raise ValueError(f"{expected} as many rows in {' as in '.join(sizes)}, got shapes {[*sizes.values()]}.")
+    bad = [each for each, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    if bad:
+        raise ValueError(f"{expected} finite numbers, got others in {', '.join(bad)}.")
+    return arrays

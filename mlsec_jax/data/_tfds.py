@@ -57,7 +57,7 @@ def load(
     stamp = hashlib.sha256(b"\0".join([folder.name.encode(), split.encode(), description])).hexdigest()[:16]
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name.split(':')[0]}-{folder.name}-{split}").strip("-")
     path = cache_root(cache_dir) / "data" / f"{stem}-{stamp}.npz"
-    arrays = read_npz(path)
+    arrays = read_npz(path, ("x", "y"))
     if arrays is None:
         arrays = _decode(folder, split)
         keep(path, arrays)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _zoo, adaptive, defense_matrix, spectral
+from benchmarks import _zoo, adaptive, certified, deep_back_gradient, defense_matrix, spectral
 
 KEY = jax.random.key(0)
 
@@ -13,6 +13,22 @@ KEY = jax.random.key(0)
 @pytest.fixture(scope="module")
 def digits():
     return _zoo.digits(1000, embedded=True)
+
+
+@pytest.mark.parametrize("size, whole", [("full", True), ("paper", True), ("small", False)])
+def test_only_small_runs_go_without_prepared_data(size, whole, monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    readers = [
+        lambda: deep_back_gradient._digits(size),
+        lambda: certified.digits((1, 7), certified.SIZES[size], fallback=size == "small"),
+        lambda: _zoo.digits(embedded=size == "small"),
+    ]
+    for read in readers:
+        if whole:
+            with pytest.raises(FileNotFoundError, match="tfds build mnist"):
+                read()
+        else:
+            assert read()
 
 
 def test_defenders_digits_are_nobodys_training_digits(digits):

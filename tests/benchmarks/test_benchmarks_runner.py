@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(fake, tmp_path):
 
 def test_networks_in_bfloat16_only_where_the_benchmark_heeds_it(fake, tmp_path):
     seen = fake(lambda size, seed, context: Result({"half": int(context.bfloat16)}))
-    with pytest.raises(UsageError, match="fake computes in float32"):
+    with pytest.raises(UsageError, match="--bf16: expected benchmarks that heed it, got fake"):
         run(tmp_path, bfloat16=True)
     fake(seen, bfloat16=True)
     record = run(tmp_path, bfloat16=True)

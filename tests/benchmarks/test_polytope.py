@@ -15,7 +15,7 @@ from mlsec_jax import data
 @pytest.fixture(scope="module")
 def images():
     """The embedded digits, or CIFAR-10 where it is."""
-    return shared.images()
+    return shared.images(fallback=True)
 
 
 def test_networks_are_pretrained_on_nothing_that_is_fine_tuned_or_aimed_at(images):

