@@ -1,4 +1,4 @@
-"""How the loop-safe convolution runs: by XLA's own, widened on CPU where XLA leaves it to a slow kernel."""
+"""How the loop-safe convolution runs: by XLA's own, on CPU in other forms where XLA leaves it to a slow kernel."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _LABELS = ("NHWC", "HWIO", "NHWC")
 _MAX_SLICES = 64  # at more positions than these, one input channel goes through a convolution as well
 _FEW_CHANNELS = 16  # up to here XLA:CPU leaves a convolution to its slow kernel,
 _COLUMNS = 32  # where a product with fewer columns costs as much as with that many
+_FEW_IMAGES = 8  # up to here a kernel that dwarfs the output is fast as a matrix product
+_LARGE = 128  # if it has as many taps: it is a cotangent then, while the copy of a weight would cost more than is saved;
+_LONG = 2**16  # in a kernel of more positions times channels than these, so is one with more rows
 _BLOCKS = tuple((b, d) for b in (1, 2, 4, 8) for d in (1, 2, 4, 8))
 
 
@@ -83,11 +86,69 @@ def _run_one(x, kernel, *, convolve, stride, padding, input_dilation, kernel_dil
 
 
 def run_on_cpu(x, kernel, *, batch_rule, **params):
-    """On CPU few channels are widened, many groups run one after the other, and one image a group is cut up."""
+    """On CPU few channels are widened, few images multiplied, one image a group is cut up, and groups wait in turn."""
     few = min(_MAX_SLICES, _area(kernel.shape[1:3]))
+    batch_rule = batch_rule or "map"
     if x.shape[4] == 1 and _area(_space(x, kernel, **params)) <= few:
         return _run_patches(x, kernel, **params)
-    return run_anywhere(x, kernel, batch_rule=batch_rule or "map", convolve=_convolve_wide, **params)
+    if _product_pays(x, kernel, **params):
+        return _run_product(x, kernel, params["padding"], batch_rule)
+    return run_anywhere(x, kernel, batch_rule=batch_rule, convolve=_convolve_wide, **params)
+
+
+def _product_pays(x, kernel, *, stride, padding, input_dilation, kernel_dilation) -> bool:
+    """Whether `_run_product` is faster: few images, and a kernel, within the image, that dwarfs the output.
+
+    So it is where the product's rows, the output's positions times images, are few against its columns, the output's
+    channels, or not too many where the kernel is too long for the caches. Then patches are never much larger than the
+    kernel. Measured with 1 to 16 images, 8 to 64 output channels, 1 x 1 to 7 x 7 positions, kernels of 8 x 8 to 32 x 32
+    and 32 to 200 channels. Small kernels would gain little, and few images in a layer of their own size would lose.
+    """
+    if not stride == input_dilation == kernel_dilation == (1, 1):
+        return False
+    images, (p, q, n, o) = x.shape[1], kernel.shape[1:]
+    positions = _area([x.shape[2 + i] + sum(padding[i]) - kernel.shape[1 + i] + 1 for i in (0, 1)])
+    rows = images * positions
+    dwarfed = images <= _FEW_IMAGES and max(4 * positions, _LARGE) <= p * q <= _area(x.shape[2:4])
+    return dwarfed and (2 * rows <= 3 * o or (rows <= 5 * o and p * q * n > _LONG))
+
+
+def _run_product(x, kernel, padding, batch_rule):
+    """The convolution of few images with a large kernel as one matrix product, of pairs of the kernel's columns.
+
+    out[m, i, j, o] = sum_v part[m, i, j + v, v, o],    v = 0, 1,
+    part[m, i, j, v, o] = sum_{n, p, q} pad(x)[m, p + i, 2 q + j, n] kernel[p, 2 q + v, n, o].
+
+    The gradient of a layer's kernel is such a convolution: its input channels are the images, the batch the channels,
+    the cotangent the kernel, over whose entries XLA:CPU takes some 10 ns each where they are many. The part is a matrix
+    product of patches, one for each pair, with the cotangent. Pairs halve the patches and double the product's columns.
+    Patches are cut along one axis after the other, because slices of few neighbouring numbers cost more than the sums.
+    The batch goes first before groups are mapped, so the transposes meet those of the gradient, outside of the loop.
+    """
+    (height, width, n), (p, q, _, o) = x.shape[2:], kernel.shape[1:]
+    (top, bottom), (left, right) = padding
+    tall, broad = height + top + bottom - p + 1, width + left + right - q + 1
+    pairs, reach = -(-q // 2), broad // 2 + 1  # pairs of columns in the kernel, and in a patch: broad + 1 columns
+    pads = ((0, 0, 0), (top, bottom, 0), (left, 2 * (pairs + reach - 1) - width - left, 0), (0, 0, 0))
+
+    def one(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+        x = x.reshape(n, p + tall - 1, pairs + reach - 1, -1)
+        x = jnp.concatenate([x[:, :, j : j + pairs] for j in range(reach)], axis=3)
+        x = jnp.concatenate([x[:, i : i + p] for i in range(tall)], axis=3)
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 2 * pairs - q), (0, 0)))
+        x, kernel = x.reshape(n * p * pairs, -1), kernel.reshape(n * p * pairs, -1)
+        exact = x.dtype if x.dtype.itemsize > 2 else jnp.float32
+        part = lax.dot_general(x, kernel, (((0,), (0,)), ((), ())), preferred_element_type=exact)
+        part = part.reshape(tall, 2 * reach, -1, 2, o)
+        return (part[:, :broad, :, 0] + part[:, 1 : broad + 1, :, 1]).astype(kernel.dtype)
+
+    operands = jnp.transpose(x, (0, 4, 2, 3, 1)), jnp.transpose(kernel, (0, 3, 1, 2, 4))
+    if x.shape[0] == 1:
+        out = one(*(v[0] for v in operands))[None]
+    else:
+        out = lax.map(lambda v: one(*v), operands) if batch_rule == "map" else jax.vmap(one)(*operands)
+    return jnp.transpose(out, (0, 3, 1, 2, 4))
 
 
 def _space(x, kernel, *, stride, padding, input_dilation, kernel_dilation):

@@ -68,6 +68,43 @@ def test_every_derivative_equals_that_of_xla(channels, taps, stride, dilation, p
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11 * float(np.abs(b).max()), err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("images", "taps", "outputs", "padding"),
+    [
+        ((12, 13, 3), (3, 2), 32, "SAME"),
+        ((15, 16, 1), (5, 3), 10, ((0, 2), (1, 0))),
+        ((14, 13, 2), (1, 3), 8, "VALID"),
+        ((13, 12, 8), (1, 1), 8, "VALID"),
+    ],
+)
+def test_the_gradient_of_few_channels_is_a_product(images, taps, outputs, padding, dtype):
+    """Alone, for several models at once under either rule, and differentiated again."""
+    with jax.enable_x64(True):
+        x, kernel = draw(6, (2, 3, *images), (2, *taps, images[2], outputs), dtype=np.float64)
+        rounded = [v.astype(dtype) for v in (x, kernel)]
+
+        def slope(f):
+            return jax.grad(lambda kernel, x: jnp.sum(jnp.sin(f(x, kernel).astype(float)) ** 2))
+
+        def found(x, kernel):
+            ours = {rule: slope(lambda x, k, r=rule: conv(x, k, padding=padding, batch_rule=r)) for rule in ("map", "vmap")}
+            again = jax.jvp(lambda kernel: ours["map"](kernel, x[0]), (kernel[0],), (kernel[1],))
+            return [*again, *(jax.vmap(rule)(kernel, x) for rule in ours.values())]
+
+        def expected(x, kernel):
+            theirs = slope(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), padding, dimension_numbers=LABELS))
+            each = jnp.stack([theirs(kernel[i], x[i]) for i in (0, 1)])
+            return [*jax.jvp(lambda kernel: theirs(kernel, x[0]), (kernel[0],), (kernel[1],)), each, each]
+
+        lowered = jax.jit(found).lower(*rounded)
+        assert lowered.as_text().count("dot_general") == 4  # one each, and two for the value and the tangent
+        pairs = zip(lowered.compile()(*rounded), jax.jit(expected)(*(v.astype(float) for v in rounded)), strict=True)
+    for a, b in pairs:
+        tolerance = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.1}[dtype] * float(np.abs(b).max())
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=tolerance, rtol=0)
+
+
 def test_the_batch_rule_changes_nothing_but_speed():
     x, kernel = draw(1, (3, 2, 6, 6, 2), (3, 3, 3, 2, 4))
     grads = [
@@ -124,15 +161,16 @@ def test_it_lowers_for_accelerators(platform):
     assert "stablehlo.while" not in text
 
 
-def test_shardings_of_the_batch_and_shard_map():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_shardings_of_the_batch_and_shard_map(stride):
     """Two forced devices: rows stay where they are and the kernel's gradient costs one all-reduce."""
     code = """
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         from mlsec_jax.models import conv
-        x = jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
-        kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
-        grads = jax.grad(lambda x, k: jnp.sum(jnp.sin(conv(x, k, stride=2))), (0, 1))
+        x = jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
+        kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 20))
+        grads = jax.grad(lambda x, k: jnp.sum(jnp.sin(conv(x, k, stride=STRIDE))), (0, 1))
         expected = jax.jit(grads)(x, kernel)
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((2,), ("rows",), axis_types=(kind,))
@@ -145,7 +183,7 @@ def test_shardings_of_the_batch_and_shard_map():
                 np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4)
         mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
         for check in (True, False):
-            f = jax.shard_map(lambda x, k: conv(x, k, stride=2), mesh=mesh, in_specs=(P("rows"), P()),
+            f = jax.shard_map(lambda x, k: conv(x, k, stride=STRIDE), mesh=mesh, in_specs=(P("rows"), P()),
                               out_specs=P("rows"), check_vma=check)
             found = jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(f(x, k))), (0, 1)))(x, kernel)
             for a, b in zip(found, expected):
@@ -157,9 +195,8 @@ def test_shardings_of_the_batch_and_shard_map():
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, cwd=root, capture_output=True, text=True
-    )
+    code = textwrap.dedent(code).replace("STRIDE", str(stride))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
