@@ -121,7 +121,7 @@ def few_clean_rows():
         (lambda: losses.hinge(lambda params, x, key=None: x)(None, THREE), r"labels \{0, 1\} or"),
         (few_clean_rows, "at most the 20 rows of known.clean"),
         (lambda: threat.additive(jnp.full((2, 2, 1), 0.9), radius=8 / 255), "pattern: expected at most radius"),
-        (lambda: threat.corners(jnp.ones((3, 3, 1)))(None, jnp.zeros((1, 4, 4, 1))), "side by side"),
+        (lambda: threat.corners(jnp.ones((3, 3, 1)))(None, jnp.zeros((1, 4, 4, 1))), "four times side by side"),
         (lambda: threat.to_class(7)(jnp.ones((2, 3))), "less than the 3 classes"),
         (lambda: measure.accuracy(jnp.ones((2, 1)), mj.dataset(jnp.ones((2, 1)), jnp.array([0, 1]))), "c > 1"),
     ],
