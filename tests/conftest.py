@@ -29,6 +29,7 @@ if QUICK and jax.__version__.startswith("0.10."):  # a release that lacks a flag
     context = functools.lru_cache(1)(lambda _: make())
     mlir.make_ir_context = lambda: context(next(made) // 32)
 
+jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where an operation came from
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
