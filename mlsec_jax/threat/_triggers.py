@@ -130,7 +130,7 @@ def corners(pattern: Any, *, mask: Any = None, lo: Any = 0.0, hi: Any = 1.0) -> 
 
     def stamp(pattern: jax.Array, key: Any, x: jax.Array) -> jax.Array:
         if x.ndim == 4 and (2 * pattern.shape[0] > x.shape[1] or 2 * pattern.shape[1] > x.shape[2]):
-            raise ValueError(f"pattern: expected one that fits four times side by side, got {pattern.shape} for images {x.shape}.")
+            raise ValueError(f"pattern: expected one that fits four times side by side, got {pattern.shape} for {x.shape}.")
         for place, piece in pieces:
             x = piece.stamp(mirror(pattern, place), key, x)
         return x
