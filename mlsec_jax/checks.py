@@ -77,6 +77,11 @@ def rows_within(name: str, chosen: Any, num_rows: int) -> None:
         )
 
 
+def num_present(value: Any) -> int:
+    """How many rows of a `Data` have positive weight; traced, as many as there are."""
+    return int((np.asarray(value.weight) > 0).sum()) if is_concrete(value.weight) else value.num_rows
+
+
 def labels(name: str, y: Any, weight: Any, num_classes: int) -> None:
     """Raises if a row of positive weight has an integer label outside `[0, num_classes)`. Tracers pass."""
     if is_concrete((y, weight)):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import checks, tree
+from mlsec_jax import checks, linalg, tree
 from mlsec_jax.base import Algorithm, Data, Info, Key, Known, Params, Scorer, Trainer, Transform
 from mlsec_jax.loop import BatchTransform
 
@@ -224,14 +224,10 @@ def filter_top(
         group = jnp.zeros(score.shape, jnp.int32) if num_classes is None else subject.y
         present = subject.weight > 0
         score = jnp.where(jnp.isnan(score), jnp.inf, score)  # what has no score is not to be trusted
-        ordered = jnp.argsort(jnp.where(present, -score, jnp.inf), stable=True)
-        ordered = ordered[jnp.argsort(jnp.where(present, group, num_classes or 1)[ordered], stable=True)]
-        member = present[None] & (group[None] == jnp.arange(num_classes or 1, dtype=group.dtype)[:, None])
-        count = jnp.sum(member, axis=1, dtype=jnp.int32)
+        ordered, rank, count = linalg.ranked(-score, jnp.where(present, group, num_classes or 1), num_classes or 1)
         first = jnp.cumsum(count) - count
-        place = jnp.zeros(score.shape, jnp.int32).at[ordered].set(jnp.arange(score.size, dtype=jnp.int32))
         removed = jnp.floor(jnp.asarray(fraction, score.dtype) * count.astype(score.dtype) + 1e-6).astype(jnp.int32)
-        keep = present & (place - first[group] >= removed[group])
+        keep = present & (rank >= removed[group])
         at = lambda place: score[ordered[jnp.clip(first + place, 0, score.size - 1)]]
         kept = at(jnp.where(removed < count, removed, removed - 1))  # the highest; of none the last that went
         threshold = jnp.where(removed > 0, (at(removed - 1) + kept) / 2, jnp.inf)

@@ -187,6 +187,31 @@ def descend_in_hull(gram: jax.Array, num_steps: int) -> jax.Array:
     return jax.lax.fori_loop(0, num_steps, step, jnp.full(k, 1 / k, gram.dtype))
 
 
+def ranked(score: jax.Array, group: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows sorted by group and, within it, by rising score: O(n log n).
+
+    Args:
+      score: `[n]`.
+      group: `[n]`, integers; rows of `num_groups` belong to none and come last.
+      num_groups: static.
+
+    Returns:
+      `(order [n], rank [n], count [num_groups])`: the sorted rows, each row's place among those of its group, and how many
+      each group has. The rank of a row of no group has no meaning.
+    """
+    order = jnp.argsort(score, stable=True)
+    order = order[jnp.argsort(group[order], stable=True)]
+    member = group[None] == jnp.arange(num_groups, dtype=group.dtype)[:, None]
+    count = jnp.sum(member, axis=1, dtype=jnp.int32)
+    place = jnp.zeros(score.shape, jnp.int32).at[order].set(jnp.arange(score.size, dtype=jnp.int32))
+    return order, place - (jnp.cumsum(count) - count)[group], count
+
+
+def inverse_root(square: jax.Array) -> jax.Array:
+    """`1 / √s`; 0, with derivative 0, where s is 0: what scales a vector of squared norm s to unit length."""
+    return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+
+
 def top_eigenvector(
     matvec: Callable[[jax.Array], jax.Array],
     start: jax.Array,

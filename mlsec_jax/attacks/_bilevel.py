@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlsec_jax import checks, loop, tree
+from mlsec_jax import checks, linalg, loop, tree
 from mlsec_jax.base import Algorithm, Data, Info, Key, Known, OuterFn, Threat
 
 Order = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]  # (step, k) -> (present [k], moving [k]) bools
@@ -51,8 +51,8 @@ def unit_rows(step_size: Any) -> optax.GradientTransformation:
         peaks = [jnp.max(jnp.abs(leaf), axis=over(leaf), initial=0) for leaf in jax.tree.leaves(updates)]
         exponent = jnp.frexp(functools.reduce(jnp.maximum, peaks))[1]  # by a power of two: no bit changes, nothing underflows
         updates = jax.tree.map(lambda leaf: jnp.ldexp(leaf, -tree.per_row(exponent, leaf)), updates)
-        square = sum(jnp.sum(jnp.square(leaf), axis=over(leaf)) for leaf in jax.tree.leaves(updates))
-        inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+        squares = [jnp.sum(jnp.square(leaf), axis=over(leaf)) for leaf in jax.tree.leaves(updates)]
+        inverse = linalg.inverse_root(functools.reduce(jnp.add, squares))
         scale = lambda leaf: -jnp.asarray(step_size, leaf.dtype) * leaf * tree.per_row(inverse, leaf)
         return jax.tree.map(scale, updates), state
 

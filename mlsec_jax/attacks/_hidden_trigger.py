@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax.assignment import hungarian_algorithm
 
@@ -69,7 +68,7 @@ def hidden_trigger(
     def stamped(key: Key, known: Known, num_poisons: int) -> list[jax.Array]:
         goal = _craft.target(known, by)
         equal = pairing == "faithful"
-        num_present = int((np.asarray(goal.weight) > 0).sum()) if checks.is_concrete(goal.weight) else goal.num_rows
+        num_present = checks.num_present(goal)
         if num_present < num_poisons or (equal and goal.num_rows != num_poisons):
             how = "exactly" if equal else "at least"
             raise ValueError(f"known.goal: expected {how} {num_poisons} sources, one a poison, got {num_present} rows.")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlsec_jax import checks, losses, tree
+from mlsec_jax import checks, linalg, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Info, Key, Known, LossFn, OuterFn, Transform
 from mlsec_jax.combine import ModelTransform
 
@@ -59,12 +59,7 @@ def flip_random(*, num_flips: int, num_classes: int, stratify: bool = False) -> 
         shift = jax.random.randint(label_key, subject.y.shape, 1, num_classes, subject.y.dtype)
         score = jax.random.uniform(order_key, subject.y.shape)
         if stratify:  # the rank within the class as a share of the class: low shares come from all classes alike
-            present = subject.weight > 0
-            order = jnp.argsort(score, stable=True)
-            order = order[jnp.argsort(jnp.where(present, subject.y, num_classes)[order], stable=True)]
-            place = jnp.zeros(score.shape, jnp.int32).at[order].set(jnp.arange(score.size, dtype=jnp.int32))
-            count = jnp.zeros(num_classes, jnp.int32).at[subject.y].add(present.astype(jnp.int32))
-            before = place - (jnp.cumsum(count) - count)[subject.y]
+            _, before, count = linalg.ranked(score, jnp.where(subject.weight > 0, subject.y, num_classes), num_classes)
             score = (before.astype(score.dtype) + score) / jnp.maximum(count[subject.y], 1).astype(score.dtype)
         return _flip_lowest(subject, score, (subject.y + shift) % num_classes, num_flips)
 

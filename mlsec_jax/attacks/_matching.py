@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import checks, losses, tree
+from mlsec_jax import checks, linalg, losses, tree
 from mlsec_jax.base import Data, Key, LossFn, Params
 
 Augment = Callable[[Key, Data], Data]  # differentiable in the inputs
@@ -53,5 +53,4 @@ def matcher(
 
 def _cosine(a: Params, b: Params) -> jax.Array:
     """The cosine between two gradients; 0, with derivative 0, where one of them vanishes: there is nothing to learn."""
-    inverse = lambda square: jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
-    return tree.dot(a, b) * inverse(tree.dot(a, a)) * inverse(tree.dot(b, b))
+    return tree.dot(a, b) * linalg.inverse_root(tree.dot(a, a)) * linalg.inverse_root(tree.dot(b, b))

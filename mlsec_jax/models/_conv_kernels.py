@@ -107,7 +107,8 @@ def _product_pays(x, kernel, *, stride, padding, input_dilation, kernel_dilation
     if not stride == input_dilation == kernel_dilation == (1, 1):
         return False
     images, (p, q, n, o) = x.shape[1], kernel.shape[1:]
-    positions = _area([x.shape[2 + i] + sum(padding[i]) - kernel.shape[1 + i] + 1 for i in (0, 1)])
+    space = _space(x, kernel, stride=stride, padding=padding, input_dilation=input_dilation, kernel_dilation=kernel_dilation)
+    positions = _area(space)
     rows = images * positions
     dwarfed = images <= _FEW_IMAGES and max(4 * positions, _LARGE) <= p * q <= _area(x.shape[2:4])
     return dwarfed and (2 * rows <= 3 * o or (rows <= 5 * o and p * q * n > _LONG))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mlsec_jax import checks, losses
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer
@@ -41,7 +40,7 @@ def deep_knn(features_fn: ApplyFn, *, num_neighbours: int, num_classes: int, blo
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         del key, known
         checks.labels("data.y", data.y, data.weight, num_classes)
-        present = int((np.asarray(data.weight) > 0).sum()) if checks.is_concrete(data.weight) else data.num_rows
+        present = checks.num_present(data)
         if num_neighbours >= present:
             raise ValueError(f"num_neighbours: expected less than the {present} present rows, got {num_neighbours}.")
         h = no_derivative("scores.deep_knn", features_fn(params, losses.present(data).x))

@@ -42,7 +42,7 @@ def roni(
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         clean = known.require("clean", by="scores.roni")
-        there = int(jnp.sum(clean.weight > 0)) if checks.is_concrete(clean.weight) else clean.num_rows
+        there = checks.num_present(clean)
         if num_train + num_quiz > there:
             raise ValueError(f"num_train + num_quiz: expected at most the {there} rows of known.clean, "
                              f"got {num_train + num_quiz}.")  # fmt: skip

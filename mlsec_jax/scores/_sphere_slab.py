@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import checks, losses
+from mlsec_jax import checks, linalg, losses
 from mlsec_jax.base import Data, Key, Known, Params, Scorer
 
 
@@ -33,8 +33,7 @@ def centroids(data: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
 def axis_of(means: jax.Array) -> jax.Array:
     """The unit vector from the negative to the positive centroid."""
     axis = means[1] - means[0]
-    square = jnp.vdot(axis, axis)
-    return axis * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+    return axis * linalg.inverse_root(jnp.vdot(axis, axis))
 
 
 def sphere() -> Scorer:
