@@ -37,6 +37,13 @@ class Images(NamedTuple):
     notes: tuple[str, ...]
 
 
+def embedded_digits() -> list[tuple[np.ndarray, ...]]:
+    """The 5,000 embedded MNIST digits in a fixed random order: 3,500 to train on, 1,500 to test on; `[n, 28, 28]`, labels."""
+    x, y = data.mnist5k()
+    order = np.random.default_rng(0).permutation(len(x))
+    return [(x[rows], y[rows]) for rows in (order[:3500], order[3500:])]
+
+
 def images(embedded: bool = False, *, fallback: bool = False) -> Images:
     """CIFAR-10, or the 5,000 embedded MNIST digits (3,500 train); with `fallback` those where CIFAR-10 isn't prepared."""
     try:
@@ -46,10 +53,9 @@ def images(embedded: bool = False, *, fallback: bool = False) -> Images:
             raise
         parts = None
     if parts is None:
-        x, y = data.mnist5k()
-        order = np.random.default_rng(0).permutation(len(x))
-        x, y = np.pad(x[order, :, :, None], ((0, 0), (2, 2), (2, 2), (0, 0))), y[order]
-        return Images(x[:3500], y[:3500], x[3500:], y[3500:], ("the embedded MNIST digits padded to 32x32, not CIFAR-10",))
+        (x, y), (x_test, y_test) = embedded_digits()
+        x, x_test = (np.pad(each[..., None], ((0, 0), (2, 2), (2, 2), (0, 0))) for each in (x, x_test))
+        return Images(x, y, x_test, y_test, ("the embedded MNIST digits padded to 32x32, not CIFAR-10",))
     (x, y), (x_test, y_test) = ((x[np.argsort(index)], y[np.argsort(index)]) for x, y, index in parts)
     return Images(x, y, x_test, y_test, (LOSSY,))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mlsec_jax as mj
-from benchmarks._clean_label import floats, outputs
+from benchmarks._clean_label import embedded_digits, floats, outputs
 from mlsec_jax import attacks, data, losses, measure, models, threat, train
 from mlsec_jax.memo import memo
 
@@ -44,9 +44,7 @@ def digits(num_train: int | None = None, *, embedded: bool = False, num_clean: i
     if not embedded:
         parts = [data.load("mnist", split=split) for split in ("train", "test")]
     else:
-        x, y = data.mnist5k()
-        order = np.random.default_rng(0).permutation(len(x))
-        parts, num_clean = [(x[order[:3500]], y[order[:3500]]), (x[order[3500:]], y[order[3500:]])], min(num_clean, 500)
+        parts, num_clean = embedded_digits(), min(num_clean, 500)
         notes = ("5,000 embedded digits, 1,500 of them the test set, not MNIST's 60,000 and 10,000",)
     (x, y), (x_test, y_test) = parts
     last = len(x) - num_clean

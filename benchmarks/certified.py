@@ -31,6 +31,7 @@ import numpy as np
 import optax
 
 import mlsec_jax as mj
+from benchmarks._clean_label import embedded_digits
 from benchmarks._record import Result, benchmark
 from mlsec_jax import bilevel, data, defenses, losses, threat, train
 
@@ -84,9 +85,7 @@ def digits(classes: tuple[int, ...], size: Size, fallback: bool) -> tuple[mj.Dat
     except FileNotFoundError:
         if not fallback:
             raise
-        x, y = data.mnist5k()
-        order = np.random.default_rng(0).permutation(len(x))
-        parts = [(x[order[:3500]], y[order[:3500]]), (x[order[3500:]], y[order[3500:]])]
+        parts = embedded_digits()
         notes = ["5,000 embedded digits, 1,500 of them the test set, not MNIST's 60,000 and 10,000"]
     picked = [data.select_classes(x.reshape(len(x), -1).astype(np.float32) / 255, y, classes) for x, y in parts]
     (x, y), (x_test, y_test) = picked

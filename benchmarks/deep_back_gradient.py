@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks._clean_label import embedded_digits
 from benchmarks._deep_victim import (
     CALM,
     CLASSES,
@@ -232,10 +233,8 @@ def _digits(size: str) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], 
     except FileNotFoundError:
         if size != "small":
             raise
-        x, y = data.mnist5k()
-        order = np.random.default_rng(0).permutation(len(x))
-        x, y = x[order], y[order]
-        return (x[:3500], y[:3500]), (x[3500:], y[3500:]), ["1,500 embedded digits as the test set, not MNIST's 10,000"]
+        train, test = embedded_digits()
+        return train, test, ["1,500 embedded digits as the test set, not MNIST's 10,000"]
 
 
 @benchmark

@@ -156,14 +156,13 @@ def bilevel(
             return outer(trained, data, goal), (info, data.weight)
 
         (value, (info, weight)), gradient = jax.value_and_grad(objective, has_aux=True)(state.poison)
-        moves = jnp.stack([jnp.any(jnp.isfinite(g) & (g != 0)) for g in jax.tree.leaves(gradient)])
-        alive = jnp.sum(jnp.any(moves), dtype=jnp.int32)
+        kept: Any = True
         if threat.rows is not None:
-            rows = jnp.asarray(threat.rows)
             gradient = jax.tree.map(lambda g: jnp.where(tree.per_row(moving, g), g, 0), gradient)
-            nonzero = [jnp.any(jnp.isfinite(g) & (g != 0), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradient)]
-            kept = (info.get("weight", weight) if isinstance(info, dict) else weight)[rows] > 0
-            alive = jnp.sum(jnp.any(jnp.stack(nonzero), axis=0) & kept)
+            kept = (info.get("weight", weight) if isinstance(info, dict) else weight)[jnp.asarray(threat.rows)] > 0
+        own = 0 if threat.rows is None else 1  # the axes of a leaf that are the poisons', not one poison's
+        nonzero = [jnp.any(jnp.isfinite(g) & (g != 0), axis=tuple(range(own, g.ndim))) for g in jax.tree.leaves(gradient)]
+        alive = jnp.sum(jnp.any(jnp.stack(nonzero), axis=0) & kept)
         moved, opt_state = loop.apply_optimizer(optimizer, gradient, state.optimizer, state.poison)
         moved = threat.project(moved, subject)
         if threat.rows is not None:

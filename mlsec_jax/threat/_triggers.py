@@ -290,14 +290,14 @@ def backdoor(
       A `Threat`.
     """
     rows = checks.rows("rows", rows)
-    into = into if into is None else checks.rows("into", into)
-    if into is not None and np.shape(into) != np.shape(rows):
-        raise ValueError(f"into: expected as many rows as are stamped, {np.shape(rows)}, got {np.shape(into)}.")
-    places = jnp.asarray(rows if into is None else into, jnp.int32)
+    filled = rows if into is None else checks.rows("into", into)
+    if filled.shape != rows.shape:
+        raise ValueError(f"into: expected as many rows as are stamped, {rows.shape}, got {filled.shape}.")
+    places = jnp.asarray(filled, jnp.int32)
 
     def embed(pattern: Any, data: Data) -> Data:
-        for name, chosen in (("rows", rows), ("into", rows if into is None else into)):
-            checks.rows_within(name, chosen, data.num_rows)
+        checks.rows_within("rows", rows, data.num_rows)
+        checks.rows_within("into", filled, data.num_rows)
         x, y = tree.take((data.x, data.y), jnp.asarray(rows, jnp.int32))
         x = trigger.stamp(pattern, place_key, x)
         y = y if relabel is None else relabel(y).astype(data.y.dtype)
