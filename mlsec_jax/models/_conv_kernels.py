@@ -14,7 +14,7 @@ _FEW_CHANNELS = 16  # up to here XLA:CPU leaves a convolution to its slow kernel
 _COLUMNS = 32  # where a product with fewer columns costs as much as with that many
 _FEW_IMAGES = 8  # up to here a kernel that dwarfs the output is fast as a matrix product
 _LARGE = 128  # if it has as many taps: it is a cotangent then, while the copy of a weight would cost more than is saved;
-_LONG = 2**16  # in a kernel of more positions times channels than these, so is one with more rows
+_LONG = 2**15  # in a kernel of more positions times channels than these, so is one with more rows
 _BLOCKS = tuple((b, d) for b in (1, 2, 4, 8) for d in (1, 2, 4, 8))
 
 
@@ -115,34 +115,39 @@ def _product_pays(x, kernel, *, stride, padding, input_dilation, kernel_dilation
 
 
 def _run_product(x, kernel, padding, batch_rule):
-    """The convolution of few images with a large kernel as one matrix product, of pairs of the kernel's columns.
+    """The convolution of few images with a large kernel as one matrix product, of blocks of d of the kernel's columns.
 
-    out[m, i, j, o] = sum_v part[m, i, j + v, v, o],    v = 0, 1,
-    part[m, i, j, v, o] = sum_{n, p, q} pad(x)[m, p + i, 2 q + j, n] kernel[p, 2 q + v, n, o].
+    out[m, i, j, o] = sum_v part[m, i, j + v, v, o],    v = 0, ..., d - 1,
+    part[m, i, j, v, o] = sum_{n, p, q} pad(x)[m, p + i, d q + j, n] kernel[p, d q + v, n, o].
 
     The gradient of a layer's kernel is such a convolution: its input channels are the images, the batch the channels,
     the cotangent the kernel, over whose entries XLA:CPU takes some 10 ns each where they are many. The part is a matrix
-    product of patches, one for each pair, with the cotangent. Pairs halve the patches and double the product's columns.
-    Patches are cut along one axis after the other, because slices of few neighbouring numbers cost more than the sums.
-    The batch goes first before groups are mapped, so the transposes meet those of the gradient, outside of the loop.
+    product of patches, one for each block, with the cotangent. Blocks take d times fewer patches and widen the product;
+    pairs serve three positions best, fours five (d = 3 or 6 misses the vector's width). Patches are cut along one axis
+    after the other, because slices of few neighbouring numbers cost more than the sums. The batch goes first before
+    groups are mapped, so the transposes meet those of the gradient, outside of the loop.
     """
     (height, width, n), (p, q, _, o) = x.shape[2:], kernel.shape[1:]
     (top, bottom), (left, right) = padding
     tall, broad = height + top + bottom - p + 1, width + left + right - q + 1
-    pairs, reach = -(-q // 2), broad // 2 + 1  # pairs of columns in the kernel, and in a patch: broad + 1 columns
-    pads = ((0, 0, 0), (top, bottom, 0), (left, 2 * (pairs + reach - 1) - width - left, 0), (0, 0, 0))
+    d = 2 if broad < 5 else 4
+    blocks, reach = -(-q // d), -(-(broad - 1) // d) + 1  # of d columns in the kernel, and in a patch
+    pads = ((0, 0, 0), (top, bottom, 0), (left, d * (blocks + reach - 1) - width - left, 0), (0, 0, 0))
 
     def one(x: jax.Array, kernel: jax.Array) -> jax.Array:
         x = lax.pad(x, jnp.zeros((), x.dtype), pads)
-        x = x.reshape(n, p + tall - 1, pairs + reach - 1, -1)
-        x = jnp.concatenate([x[:, :, j : j + pairs] for j in range(reach)], axis=3)
+        x = x.reshape(n, p + tall - 1, blocks + reach - 1, -1)
+        x = jnp.concatenate([x[:, :, j : j + blocks] for j in range(reach)], axis=3)
         x = jnp.concatenate([x[:, i : i + p] for i in range(tall)], axis=3)
-        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 2 * pairs - q), (0, 0)))
-        x, kernel = x.reshape(n * p * pairs, -1), kernel.reshape(n * p * pairs, -1)
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, d * blocks - q), (0, 0)))
+        x, kernel = x.reshape(n * p * blocks, -1), kernel.reshape(n * p * blocks, -1)
         exact = x.dtype if x.dtype.itemsize > 2 else jnp.float32
         part = lax.dot_general(x, kernel, (((0,), (0,)), ((), ())), preferred_element_type=exact)
-        part = part.reshape(tall, 2 * reach, -1, 2, o)
-        return (part[:, :broad, :, 0] + part[:, 1 : broad + 1, :, 1]).astype(kernel.dtype)
+        part = part.reshape(tall, d * reach, -1, d, o)
+        out = part[:, :broad, :, 0]
+        for v in range(1, d):
+            out += part[:, v : broad + v, :, v]
+        return out.astype(kernel.dtype)
 
     operands = jnp.transpose(x, (0, 4, 2, 3, 1)), jnp.transpose(kernel, (0, 3, 1, 2, 4))
     if x.shape[0] == 1:
