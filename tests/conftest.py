@@ -4,14 +4,15 @@ Most of the suite's time is LLVM's, so programs are compiled without its expensi
 `optimised`, which measure time or memory, and everywhere by XLA's former code generator for fusions, which halves the time,
 in one piece each: two workers on two cores have no core left for the pieces, and cutting costs a sixth of compilation.
 JAX makes an MLIR context for every program that it lowers, at 10 ms each; here 32 programs share one (more slow each other down).
-`JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs everything as users do. What a module compiled is kept on disk for the next ones
-of the same process (of no other: JAX does not write entries atomically).
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs everything as users do. What a module compiled is kept on disk for the next ones,
+of the other worker too: entries appear whole, which JAX's own writing does not promise.
 """
 
 import functools
 import itertools
 import os
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # processes that tests start inherit it
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +20,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # oracles' own threads would
 
 import jax
 import pytest
+from jax._src import lru_cache
 
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
@@ -34,8 +36,20 @@ jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where a
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-COMPILED = tempfile.TemporaryDirectory(prefix="mlsec_jax-tests-")
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+if "MLSEC_JAX_TESTS_COMPILED" not in os.environ:  # the process that starts the workers
+    COMPILED = tempfile.TemporaryDirectory(prefix="mlsec_jax-tests-")
+    os.environ["MLSEC_JAX_TESTS_COMPILED"] = COMPILED.name
+
+
+def _put(cache, key, value):
+    """Writes an entry of the compilation cache whole or not at all."""
+    path = str(cache.path / f"{key}{lru_cache._CACHE_SUFFIX}")
+    Path(part := f"{path}.{os.getpid()}").write_bytes(value)
+    os.replace(part, path)
+
+
+lru_cache.LRUCache.put = _put
+jax.config.update("jax_compilation_cache_dir", os.environ["MLSEC_JAX_TESTS_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
