@@ -109,17 +109,18 @@ def fingerprint(device: str) -> str:
 
 def _prepared() -> list[tuple]:
     """The folders of data sets and tables, and what lies there by name, size and time: no content is read."""
+    from mlsec_jax import data
+
     found: list[tuple] = []
-    for variable, default, patterns in (
-        ("TFDS_DATA_DIR", "~/tensorflow_datasets", ("*/*/dataset_info.json", "*/*/*/dataset_info.json")),
-        ("MLSEC_JAX_DATA", "", ("*.npz", "*.json")),
+    for root, patterns in (
+        (data.tfds_root(), ("*/*/dataset_info.json", "*/*/*/dataset_info.json")),
+        (data.tables_root(), ("*.npz", "*.json")),
     ):
-        root = os.environ.get(variable) or default
-        if root:
-            folder = Path(root).expanduser().resolve()
+        if root is not None:
+            folder = root.resolve()
             files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
             stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
-            found += [(variable, str(folder)), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
+            found += [(str(folder),), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
     return found
 
 

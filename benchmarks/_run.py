@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import _machine, _record
-from mlsec_jax.data import _cache
+from mlsec_jax.data import _folders
 
 _SECONDS = "seconds_of_item"
 
@@ -72,7 +72,7 @@ class Context:
         """
         _check_name("item", item)
         path = self._parts / f"{item}.npz"
-        stored = _cache.read_npz(path, (_SECONDS,))
+        stored = _folders.read_npz(path, (_SECONDS,))
         if stored is None:
             start = time.perf_counter()
             arrays = {key: np.asarray(value) for key, value in fn().items()}
@@ -80,7 +80,7 @@ class Context:
             if bad:
                 raise ValueError(f"{item}: expected numbers, strings or arrays of them, got something else in {bad}.")
             stored = {**arrays, _SECONDS: np.asarray(time.perf_counter() - start)}
-            _cache.write_npz(path, stored)
+            _folders.write_npz(path, stored)
         else:
             self.restored_seconds += float(stored[_SECONDS])
         return {k: v if v.ndim else v.item() for k, v in stored.items() if k != _SECONDS}

@@ -19,9 +19,7 @@ References: Liu, Dolan-Gavitt & Garg, "Fine-Pruning", RAID 2018.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +29,7 @@ import numpy as np
 import mlsec_jax as mj
 from benchmarks import _zoo
 from benchmarks._record import Paper, Result, benchmark
-from mlsec_jax import attacks, channels, combine, defenses, losses, measure, models, threat, train
+from mlsec_jax import attacks, channels, combine, data, defenses, losses, measure, models, threat, train
 from mlsec_jax.memo import memo
 
 BUDGET = 0.04  # of accuracy, while pruning: the paper's
@@ -131,11 +129,11 @@ def defenders(rows: mj.Data, num_clean: int) -> mj.Known:
 
 def faces(size: Size) -> Task | None:
     """Forty people, ten images each: four to train, three and one for the defender, two to test; None without the file."""
-    path = Path(os.environ.get("MLSEC_JAX_DATA", "../shared/data")) / "att_faces.npz"
-    if not path.is_file():
+    try:
+        stored = data.table("att_faces")
+    except FileNotFoundError:
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        x, y = stored["images"].astype(np.float32) / 255, stored["labels"]
+    x, y = stored["images"].astype(np.float32) / 255, stored["labels"]
     side = size.shrink
     x = x.reshape(len(x), 112 // side, side, 92 // side, side).mean(axis=(2, 4))[..., None]
     order = np.argsort(np.arange(len(y)) % 10, kind="stable")  # everybody's first image, everybody's second, …

@@ -16,7 +16,7 @@ SHARED = {  # what several files of one room share; a method never imports a sib
     "attacks": {"_bilevel", "_craft", "_matching"},
     "catalogue": {"_method", "_attacks", "_defenses"},
     "bilevel": {"_kernels", "_unrolled", "_reversible", "_fixed_point", "_jaxopt"},
-    "data": {"_cache"},
+    "data": {"_folders"},
     "defenses": {"_invert_trigger", "_mixing"},
     "measure": {"_interval"},
     "models": {"_model", "_conv", "_conv_kernels", "_depthwise", "_pool", "_norm", "_dense"},

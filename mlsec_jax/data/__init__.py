@@ -1,7 +1,7 @@
 """Data at the door: loaders with a cache, embedded defaults, tables, synthetic problems with closed forms, splits."""
 
-from mlsec_jax.data._cache import cache_root
 from mlsec_jax.data._embedded import digits, mnist5k
+from mlsec_jax.data._folders import cache_root, tables_root, tfds_root
 from mlsec_jax.data._poison_folder import PoisonFolder, read_poisons, to_bytes, write_poisons
 from mlsec_jax.data._poison_setups import PoisonSetup, fine_tuning_rows, poison_setups
 from mlsec_jax.data._rows import select_classes, split, to_data
@@ -26,6 +26,8 @@ __all__ = [
     "sparse_regression",
     "split",
     "table",
+    "tables_root",
+    "tfds_root",
     "to_bytes",
     "to_data",
     "write_poisons",

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import numpy as np
 
-from mlsec_jax.data._cache import cache_root, keep, read_npz
+from mlsec_jax.data._folders import cache_root, keep, read_npz
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

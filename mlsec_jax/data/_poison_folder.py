@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mlsec_jax.data._cache import replacing
+from mlsec_jax.data._folders import replacing
 
 _ALLOWED = {
     ("PIL.Image", "Image"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mlsec_jax import checks
+from mlsec_jax.data._folders import tables_root
 
 
 class PoisonSetup(NamedTuple):
@@ -39,9 +39,9 @@ def poison_setups(kind: str, *, data_dir: str | os.PathLike | None = None) -> li
       FileNotFoundError: the folder or the file is missing; the message says what it has to hold.
     """
     checks.one_of("kind", kind, ("transfer_learning", "from_scratch"))
-    root = data_dir or os.environ.get("MLSEC_JAX_DATA")
+    root = tables_root(data_dir)
     name = f"poisoning_benchmark_cifar10_{kind}.json"
-    path = Path(root).expanduser() / name if root else None
+    path = root / name if root else None
     if path is None or not path.is_file():
         raise FileNotFoundError(
             f"set-ups: expected {name} in the folder that MLSEC_JAX_DATA or data_dir names, got {path}. It holds "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
+
+from mlsec_jax.data._folders import tables_root
 
 _TABLES = {
     "adult": "UCI Adult: X_train [32561, 14] and X_test [16281, 14] integer codes (-1: missing), y_* 1 for >50K, "
@@ -48,13 +49,13 @@ def table(name: str, *, data_dir: str | os.PathLike | None = None) -> dict[str, 
     """
     if name not in _TABLES:
         raise ValueError(f"name: expected one of {', '.join(_TABLES)}, got {name!r}.")
-    root = data_dir or os.environ.get("MLSEC_JAX_DATA")
-    if not root:
+    root = tables_root(data_dir)
+    if root is None:
         raise FileNotFoundError(
             f"table {name!r}: set MLSEC_JAX_DATA, or pass data_dir, to the folder that holds {name}.npz."
             f" It should hold {_TABLES[name]}."
         )
-    path = Path(root).expanduser() / f"{name}.npz"
+    path = root / f"{name}.npz"
     if not path.is_file():
         raise FileNotFoundError(
             f"table {name!r}: there is no {path} (MLSEC_JAX_DATA or data_dir names the folder). "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlsec_jax.data._cache import cache_root, keep, read_npz
+from mlsec_jax.data._folders import cache_root, keep, read_npz, tfds_root
 
 _CHUNK = 1024  # records decoded at a time: the decoded records of a chunk are all that is held twice
 _OFFICIAL = {  # md5 of the files of images that these data sets were made from, whose records carry no id
@@ -95,7 +95,7 @@ def _official_order(name: str, split: str, x: np.ndarray) -> np.ndarray:
 
 def _folder(name: str, data_dir: str | os.PathLike | None) -> Path:
     """The folder of the named version, or of the latest one that is prepared."""
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = tfds_root(data_dir)
     path, _, version = name.partition(":")
     found = {
         tuple(map(int, info.parent.name.split("."))): info.parent

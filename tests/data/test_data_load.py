@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mlsec_jax import data
-from mlsec_jax.data import _cache, _embedded, _tfds
+from mlsec_jax.data import _embedded, _folders, _tfds
 
 TFDS = Path(os.environ.get("TFDS_DATA_DIR", "/nowhere"))
 TABLES = Path(os.environ.get("MLSEC_JAX_DATA", "/nowhere"))
@@ -186,7 +186,7 @@ def test_unwritable_cache_warns_and_loads(mini, tmp_path):
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        _cache.write_npz(tmp_path / "x.npz", {"x": np.zeros(2)})
+        _folders.write_npz(tmp_path / "x.npz", {"x": np.zeros(2)})
     assert not list(tmp_path.iterdir())
 
 
@@ -205,6 +205,16 @@ def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
     assert data.cache_root() == tmp_path / "mlsec_jax"
     monkeypatch.setenv("MLSEC_JAX_CACHE", str(tmp_path / "own"))
     assert data.cache_root() == tmp_path / "own"
+
+
+def test_data_roots_follow_the_environment(monkeypatch, tmp_path):
+    for variable in ("TFDS_DATA_DIR", "MLSEC_JAX_DATA"):
+        monkeypatch.delenv(variable, raising=False)
+    assert data.tfds_root() == Path("~/tensorflow_datasets").expanduser() and data.tables_root() is None
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("MLSEC_JAX_DATA", "~/tables")
+    assert data.tfds_root() == tmp_path / "tfds" and data.tables_root() == Path("~/tables").expanduser()
+    assert data.tfds_root(tmp_path) == data.tables_root(tmp_path) == tmp_path
 
 
 def test_loads_without_tensorflow(mini, tmp_path):

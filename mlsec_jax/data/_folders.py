@@ -1,4 +1,4 @@
-"""The user's cache folder, and arrays kept in it as uncompressed npz files that are written atomically."""
+"""The folders of tables, TFDS data sets and the cache; arrays kept there as plain npz files, written atomically."""
 
 from __future__ import annotations
 
@@ -26,6 +26,25 @@ def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
     if os.environ.get("MLSEC_JAX_CACHE"):
         return Path(os.environ["MLSEC_JAX_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlsec_jax"
+
+
+def tables_root(data_dir: str | os.PathLike | None = None) -> Path | None:
+    """The folder of tables and set-ups: the argument, or MLSEC_JAX_DATA; None where neither names one.
+
+    >>> tables_root("/data").as_posix()
+    '/data'
+    """
+    root = data_dir or os.environ.get("MLSEC_JAX_DATA")
+    return Path(root).expanduser() if root else None
+
+
+def tfds_root(data_dir: str | os.PathLike | None = None) -> Path:
+    """The folder of prepared TFDS data sets: the argument, TFDS_DATA_DIR, or `~/tensorflow_datasets`, as TFDS has it.
+
+    >>> tfds_root("/data").as_posix()
+    '/data'
+    """
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 @contextmanager
