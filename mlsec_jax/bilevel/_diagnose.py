@@ -35,7 +35,7 @@ def diagnose(
       data: the training set as the victim sees it (poisons embedded).
       outer: `(params, data, goal) -> scalar`.
       goal: what `outer` reads.
-      rows: `[k]`, the rows whose inputs move.
+      rows: `[k]`, the rows whose inputs move, or an integer k for the last k.
       num_directions: static.
       step: h.
 
@@ -47,7 +47,8 @@ def diagnose(
     checks.count("num_directions", num_directions, 1)
     checks.above("step", step, 0)
     train_key, direction_key = jax.random.split(key)
-    chosen = jnp.asarray(rows)
+    chosen = checks.rows("rows", rows)
+    checks.rows_within("rows", chosen, data.num_rows)
     start = tree.take(data.x, chosen)
     probe = trainer.probe if isinstance(trainer, Trainer) else (lambda *args: {})
 

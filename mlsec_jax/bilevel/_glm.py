@@ -56,7 +56,7 @@ def glm(
       l2: λ > 0, on the scale of the mean loss; scikit-learn's `C` is `1 / (λ Σ weight)`.
       known_gram: `gram(x)` of inputs that agree with the data's on every row but `rows`, computed once outside the
         attack's loop; only the poisons' rows and columns are then computed anew, in O(k n d).
-      rows: `[k]`, the rows that differ (`threat.rows`); required with `known_gram`.
+      rows: `[k]`, the rows that differ (`threat.rows`), or an integer k for the last k; required with `known_gram`.
       num_steps: Newton steps at most (static); 4 to 8 are usual.
       tolerance: on the norm of the gradient.
 
@@ -125,7 +125,8 @@ def _gram_of(x: jax.Array, known_gram: Any, rows: Any) -> jax.Array:
     """The Gram matrix of x; with a known one, only the given rows and columns are computed."""
     if known_gram is None:
         return x @ x.T
-    chosen = jnp.asarray(rows)
+    chosen = checks.rows("rows", rows)
+    checks.rows_within("rows", chosen, x.shape[0])
     cross = x[chosen] @ x.T
     return jnp.asarray(known_gram, x.dtype).at[chosen, :].set(cross).at[:, chosen].set(cross.T)
 

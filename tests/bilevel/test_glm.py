@@ -124,3 +124,6 @@ def test_probe_shapes_and_bad_arguments():
         bilevel.glm(losses.logistic, l2=0.0)
     with pytest.raises(ValueError, match="known_gram and rows"):
         bilevel.glm(losses.logistic, l2=0.1, rows=ROWS)
+    for rows in ([99], 99, [0.5]):
+        with pytest.raises(ValueError, match=r"^rows: expected"):
+            bilevel.glm(losses.logistic, l2=0.1, known_gram=bilevel.gram(data.x), rows=rows)(KEY, start(), data)

@@ -173,16 +173,18 @@ def test_approximate_reversal_keeps_the_direction_but_not_the_path(x64):
     problem = problems.make(jnp.float64)
     trainer = bilevel.back_gradient(problem.loss_fn, 0.1, STEPS, reversal="approximate")
     data = threat.append_rows(2).embed(problem.train.x[-2:], problem.train)
-    ask = lambda data: bilevel.diagnose(
+    ask = lambda data, rows: bilevel.diagnose(
         trainer,
         jax.random.key(0),
         problem.params,
         data,
         outer=losses.goal_loss(problem.loss_fn),
         goal=problem.known.goal,
-        rows=jnp.array([12, 13]),
+        rows=rows,
     )
-    report = jax.jit(ask)(data)
+    report = jax.jit(ask, static_argnums=1)(data, 2)
+    with pytest.raises(ValueError, match=r"^rows: expected rows of the data"):
+        ask(data, [14])
     assert float(report["cosine"]) > 0.999
     assert float(report["drift"]) > 1e-4
 
