@@ -22,6 +22,8 @@ import jax
 import pytest
 from jax._src import lru_cache
 
+from benchmarks._record import replace_file  # imports no JAX
+
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 if QUICK and jax.__version__.startswith("0.10."):  # a release that lacks a flag would abort, at the first compilation
@@ -43,9 +45,7 @@ if "MLSEC_JAX_TESTS_COMPILED" not in os.environ:  # the process that starts the 
 
 def _put(cache, key, value):
     """Writes an entry of the compilation cache whole or not at all."""
-    path = str(cache.path / f"{key}{lru_cache._CACHE_SUFFIX}")
-    Path(part := f"{path}.{os.getpid()}").write_bytes(value)
-    os.replace(part, path)
+    replace_file(Path(cache.path) / f"{key}{lru_cache._CACHE_SUFFIX}", value)
 
 
 lru_cache.LRUCache.put = _put

@@ -80,6 +80,7 @@ def glm(
     checks.count("num_steps", num_steps, 1)
     if (known_gram is None) != (rows is None):
         raise ValueError("known_gram and rows: expected both (a Gram matrix, and the rows that differ) or neither.")
+    rows = rows if rows is None else checks.rows("rows", rows)
     scalar = _scalar(make_loss)
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
@@ -125,10 +126,9 @@ def _gram_of(x: jax.Array, known_gram: Any, rows: Any) -> jax.Array:
     """The Gram matrix of x; with a known one, only the given rows and columns are computed."""
     if known_gram is None:
         return x @ x.T
-    chosen = checks.rows("rows", rows)
-    checks.rows_within("rows", chosen, x.shape[0])
-    cross = x[chosen] @ x.T
-    return jnp.asarray(known_gram, x.dtype).at[chosen, :].set(cross).at[:, chosen].set(cross.T)
+    checks.rows_within("rows", rows, x.shape[0])
+    cross = x[rows] @ x.T
+    return jnp.asarray(known_gram, x.dtype).at[rows, :].set(cross).at[:, rows].set(cross.T)
 
 
 def _slopes(scalar: Any, z: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
