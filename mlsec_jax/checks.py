@@ -77,6 +77,17 @@ def rows_within(name: str, chosen: Any, num_rows: int) -> None:
         )
 
 
+def reserved(name: str, chosen: Any, weight: Any) -> None:
+    """Raises unless the chosen rows are absent, so that poisons may fill them. Tracers pass."""
+    if is_concrete((chosen, weight)):
+        taken = int(np.sum(np.asarray(weight)[np.asarray(chosen)] > 0))
+        if taken:
+            raise ValueError(
+                f"{name}: expected {np.size(chosen)} reserved rows (weight 0), got {taken} that clean data already "
+                "use: the poison budget is larger than the reserve (threat.reserve)."
+            )
+
+
 def num_present(value: Any) -> int:
     """How many rows of a `Data` have positive weight; traced, as many as there are."""
     return int((np.asarray(value.weight) > 0).sum()) if is_concrete(value.weight) else value.num_rows

@@ -221,12 +221,19 @@ def filter_top(
     check_surrogate(gradient)
 
     def cut(score: jax.Array, subject: Data) -> tuple[jax.Array, jax.Array, dict]:
-        group = jnp.zeros(score.shape, jnp.int32) if num_classes is None else subject.y
+        group = jnp.zeros(score.shape, jnp.int32)
+        if num_classes is not None:
+            if subject.y.ndim != 1:
+                raise ValueError(f"subject.y: expected integer labels [n] for filtering by class, got shape {subject.y.shape}.")
+            checks.labels("subject.y", subject.y, subject.weight, num_classes)
+            group = subject.y
         present = subject.weight > 0
         score = jnp.where(jnp.isnan(score), jnp.inf, score)  # what has no score is not to be trusted
         ordered, rank, count = linalg.ranked(-score, jnp.where(present, group, num_classes or 1), num_classes or 1)
         first = jnp.cumsum(count) - count
-        removed = jnp.floor(jnp.asarray(fraction, score.dtype) * count.astype(score.dtype) + 1e-6).astype(jnp.int32)
+        wide = score.dtype if score.dtype.itemsize > 2 else jnp.dtype(jnp.float32)
+        part = jnp.asarray(fraction, wide) * count.astype(wide)
+        removed = jnp.floor(part + 1e-6 + 4 * float(jnp.finfo(wide).eps) * part).astype(jnp.int32)  # .84 of 75 is 63
         keep = present & (rank >= removed[group])
         at = lambda place: score[ordered[jnp.clip(first + place, 0, score.size - 1)]]
         kept = at(jnp.where(removed < count, removed, removed - 1))  # the highest; of none the last that went
@@ -323,12 +330,15 @@ def defended(
             raise ValueError("during: expected a trainer that runs the SGD loop (it has `batched`), got one without.")
         inner = trainer.batched(during)
 
+    def sees(key: Key, params: Params, data: Data) -> Known:
+        """What the sanitizers know: with one that reads a model, a probe trained on the unfiltered data."""
+        if not needs_model(sanitize):
+            return known
+        return known.replace(params=trainer(jax.random.split(key, 4)[0], params, data)[0])
+
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
-        probe_key, before_key, train_key, after_key = jax.random.split(key, 4)
-        seen = known
-        if needs_model(sanitize):
-            seen = known.replace(params=trainer(probe_key, params, data)[0])
-        clean, before_info = sanitize(before_key, data, seen)
+        _, before_key, train_key, after_key = jax.random.split(key, 4)
+        clean, before_info = sanitize(before_key, data, sees(key, params, data))
         trained, train_info = inner(train_key, params, clean)
         trained, after_info = repair(after_key, trained, known)
         info = {"before": before_info, "train": train_info, "after": after_info, "weight": clean.weight}
@@ -337,4 +347,15 @@ def defended(
     def batched(transform: BatchTransform) -> Trainer:
         return defended(inner.batched(transform), before=before, after=after, known=known)
 
-    return Trainer(fit, batched=None if getattr(inner, "batched", None) is None else batched)
+    def probe(key: Key, params: Params, data: Data, cotangent: Params) -> dict[str, jax.Array]:
+        """What the inner trainer says of itself; which rows were kept is part of the `pattern`."""
+        _, before_key, train_key, after_key = jax.random.split(key, 4)
+        clean, _ = sanitize(before_key, data, sees(key, params, data))
+        if after:
+            trained, _ = inner(train_key, params, clean)
+            (cotangent,) = jax.vjp(lambda p: repair(after_key, p, known)[0], trained)[1](cotangent)
+        found = inner.probe(train_key, params, clean, cotangent) if isinstance(inner, Trainer) else {}
+        kept = (clean.weight > 0).astype(jnp.int32)
+        return {**found, "pattern": jnp.concatenate([kept, found["pattern"]]) if "pattern" in found else kept}
+
+    return Trainer(fit, probe, None if getattr(inner, "batched", None) is None else batched)

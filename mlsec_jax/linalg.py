@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,13 +96,15 @@ def project_simplex(v: jax.Array, total: Any = 1.0) -> jax.Array:
     return jax.nn.relu(v - shift)
 
 
-def project_ball(v: jax.Array, radius: Any) -> jax.Array:
-    """The nearest point of the l2 ball to each row of `v` `[k, ...]`; a row inside comes back bit for bit."""
-    axes = tuple(range(1, v.ndim))
-    square = jnp.sum(jnp.square(v), axis=axes, keepdims=True)
+def project_ball(v: Any, radius: Any) -> Any:
+    """The nearest point of the l2 ball to each row of a tree `[k, ...]`; a row inside comes back bit for bit."""
+    squares = [jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(v)]
+    square = functools.reduce(lambda a, b: a + b.astype(a.dtype), squares)
     length = jnp.sqrt(jnp.where(square > 0, square, 1))
-    radius = jnp.asarray(radius, v.dtype)
-    return jnp.where(square > jnp.square(radius), v * (radius / length), v)
+    radius = jnp.asarray(radius, square.dtype)
+    far = lambda leaf: tree.per_row(square > jnp.square(radius), leaf)
+    part = lambda leaf: tree.per_row(radius / length, leaf).astype(leaf.dtype)
+    return jax.tree.map(lambda leaf: jnp.where(far(leaf), leaf * part(leaf), leaf), v)
 
 
 def nearest_in_hull(gram: jax.Array) -> jax.Array:
@@ -121,7 +124,8 @@ def nearest_in_hull(gram: jax.Array) -> jax.Array:
     >>> nearest_in_hull(jnp.array([[2.0, 0.0], [0.0, 2.0]])).round(3).tolist()
     [0.5, 0.5]
     """
-    k = gram.shape[0]
+    k, given = gram.shape[0], gram.dtype
+    gram = gram.astype(given if given.itemsize > 2 else jnp.float32)  # which half precision has no solver for
     diagonal = jnp.diagonal(gram)
     scale = jnp.max(diagonal)
     gram = gram / jnp.where(scale > 0, scale, 1)
@@ -139,7 +143,8 @@ def nearest_in_hull(gram: jax.Array) -> jax.Array:
         c, corners, _ = carry
         aim = affine(corners)
         shrinking = corners & (aim <= tiny)
-        ratio = jnp.where(shrinking, c / jnp.where(shrinking, c - aim, 1), jnp.inf)
+        fall = jnp.where(c > 0, c - jnp.minimum(aim, 0), 1)
+        ratio = jnp.where(shrinking, c / fall, jnp.inf)  # in [0, 1] whatever rounding made of aim: one corner goes each time
         step = jnp.minimum(jnp.min(ratio), 1)
         moved = jnp.where(corners, c + step * (aim - c), 0)
         dropped = shrinking & (ratio <= step)
@@ -162,7 +167,7 @@ def nearest_in_hull(gram: jax.Array) -> jax.Array:
     first = jnp.arange(k) == jnp.argmin(diagonal)
     start = first.astype(gram.dtype)
     state = (start, first, start @ (gram @ start), jnp.asarray(False), jnp.zeros((), jnp.int32))
-    return jax.lax.while_loop(lambda s: ~s[3] & (s[4] < 4 * k), outer, state)[0]
+    return jax.lax.while_loop(lambda s: ~s[3] & (s[4] < 4 * k), outer, state)[0].astype(given)
 
 
 def descend_in_hull(gram: jax.Array, num_steps: int) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, tree
 from mlsec_jax.base import ApplyFn, Data, LossFn, OuterFn, Params
@@ -35,6 +36,8 @@ def cross_entropy(apply_fn: ApplyFn) -> LossFn:
         logits = apply_fn(params, data.x, key)
         if logits.ndim != 2 or data.y.ndim > 2 or (data.y.ndim == 2 and data.y.shape != logits.shape):
             raise ValueError(f"apply_fn: expected logits [n, c] for labels [n] or [n, c], got {logits.shape}, {data.y.shape}.")
+        if data.y.ndim == 1 and not jnp.issubdtype(data.y.dtype, jnp.integer):
+            raise ValueError(f"data.y: expected integer labels [n] or soft ones [n, c], got {data.y.dtype}{data.y.shape}.")
         log_p = jax.nn.log_softmax(logits)
         num_classes = log_p.shape[-1]
         target = soft_labels(data.y, num_classes, log_p.dtype).astype(log_p.dtype)
@@ -54,11 +57,12 @@ def _known(data: Data, num_classes: int, dtype: Any) -> jax.Array:
 
 
 def _signed(apply_fn: ApplyFn, params: Params, data: Data, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """One real output a row, and its label in {-1, +1} (from {0, 1} or {-1, +1}; others raise where they can be seen)."""
+    """One real output a row, and its label in {-1, +1} (from {0, 1} or {-1, +1}; others raise, or are NaN if traced)."""
     out = apply_fn(params, data.x, key)
     out = out.reshape(out.shape[0])
     checks.binary("data.y", data.y, data.weight)
-    return out, jnp.where(data.y > 0, 1, -1).astype(out.dtype)
+    fine = (data.weight <= 0) | (jnp.abs(data.y) == 1) | (data.y == 0)
+    return out, jnp.where(fine, jnp.where(data.y > 0, 1, -1).astype(out.dtype), jnp.nan)
 
 
 def logistic(apply_fn: ApplyFn) -> LossFn:
@@ -73,11 +77,12 @@ def logistic(apply_fn: ApplyFn) -> LossFn:
 
 def hinge(apply_fn: ApplyFn, temperature: Any = 0.0) -> LossFn:
     """`max(0, 1 - s f(x))`; a positive `temperature` t smooths it to `t log(1 + exp((1 - s f(x)) / t))`."""
+    checks.at_least("temperature", temperature, 0)
 
     def loss_fn(params: Params, data: Data, key: jax.Array | None = None) -> jax.Array:
         out, sign = _signed(apply_fn, params, data, key)
         gap = 1 - sign * out
-        if isinstance(temperature, (int, float)) and temperature == 0:
+        if checks.is_concrete(temperature) and not np.any(temperature):
             return jax.nn.relu(gap)
         return temperature * jax.nn.softplus(gap / temperature)
 
@@ -124,6 +129,8 @@ def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
     """
     if values.shape != weight.shape:
         raise ValueError(f"values: expected one number a row, {weight.shape}, got shape {values.shape}.")
+    if not tree.is_float(values):
+        values = values.astype(jnp.result_type(weight.dtype, float) if tree.is_float(weight) else float)
     weight = weight.astype(values.dtype)
     total = jnp.sum(weight)
     summed = jnp.sum(jnp.where(weight > 0, values * weight, 0))
@@ -163,9 +170,9 @@ class Objective(NamedTuple):
 
 
 def not_bias(path: str, leaf: Any) -> bool:
-    """Chooses every leaf but the biases (names ending in `b` or `bias`)."""
+    """Chooses every leaf but the biases (names ending in `b` or `bias`; Flax nnx puts `/value` behind them)."""
     del leaf
-    return path.rsplit("/", 1)[-1] not in ("b", "bias")
+    return path.removesuffix("/value").rsplit("/", 1)[-1] not in ("b", "bias")
 
 
 def regularised(loss_fn: LossFn, *, l2: Any = 0.0, l1: Any = 0.0, penalise: Any = not_bias) -> Objective:

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Where = Any  # None (all), a mask pytree or prefix of bools, or a predicate (path, leaf) -> bool
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether a leaf can be differentiated and updated."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    """Whether a leaf can be differentiated and updated: an array of floats, or a Python float."""
+    return isinstance(leaf, float) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def mask_of(tree: Any, where: Where = None) -> Any:
@@ -35,8 +36,20 @@ def mask_of(tree: Any, where: Where = None) -> Any:
         keep = lambda path, leaf: is_float(leaf) and bool(predicate(name(path), leaf))
         return jax.tree_util.tree_map_with_path(keep, tree)
     return jax.tree.map(
-        lambda chosen, sub: jax.tree.map(lambda leaf: bool(chosen) and is_float(leaf), sub), where, tree
+        lambda chosen, sub: jax.tree.map(lambda leaf: _as_bool(chosen) and is_float(leaf), sub), where, tree
     )
+
+
+def _array(leaf: Any) -> Any:
+    """A Python float as an array, everything else as it is."""
+    return jnp.asarray(leaf) if isinstance(leaf, float) else leaf
+
+
+def _as_bool(chosen: Any) -> bool:
+    """A leaf of a mask; a string or a number, of which `bool` would be true, raises."""
+    if not isinstance(chosen, bool | np.bool_):
+        raise ValueError(f"mask: expected None, a pytree of bools or (path, leaf) -> bool, got {chosen!r}.")
+    return bool(chosen)
 
 
 def name(path: Any) -> str:
@@ -45,9 +58,9 @@ def name(path: Any) -> str:
 
 
 def partition(tree: Any, where: Where = None) -> tuple[Any, Any]:
-    """Splits a tree into `(chosen, rest)`: both keep its structure, with None in place of the other's leaves."""
+    """Splits a tree into `(chosen, rest)`, arrays and the others: None stands in place of the other's leaves."""
     mask = mask_of(tree, where)
-    chosen = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, mask)
+    chosen = jax.tree.map(lambda leaf, keep: _array(leaf) if keep else None, tree, mask)
     rest = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, mask)
     return chosen, rest
 

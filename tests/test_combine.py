@@ -233,3 +233,23 @@ def test_a_filter_removes_what_has_no_score_first_and_all_of_a_class_softly():
     options = {"fraction": 1.0, "gradient": combine.soft(0.1), "reads_model": False, "num_classes": 2}
     weight = combine.filter_top(lambda *_: jnp.arange(4.0), **options)(jax.random.key(0), rows, mj.Known())[0].weight
     np.testing.assert_allclose(weight, [0.5, 0, 0.5, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "n", "removed"), [(0.84, 75, 63), (0.21, 300, 63), (0.009, 5000, 45), (0.817, 10000, 8170), (1.0, 301, 301)]
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_share_is_counted_as_in_decimals(fraction, n, removed, dtype):
+    scorer = lambda key, params, data, known: jnp.arange(n, dtype=dtype)
+    data = mj.dataset(jnp.zeros((n, 1)), jnp.zeros(n, jnp.int32))
+    info = combine.filter_top(scorer, fraction=fraction, reads_model=False)(jax.random.key(0), data, mj.Known())[1]
+    assert info["num_removed"] == removed
+
+
+def test_filtering_by_class_refuses_labels_that_it_would_pass_over():
+    scorer = lambda key, params, data, known: data.x
+    cut = combine.filter_top(scorer, fraction=0.5, reads_model=False, num_classes=2)
+    with pytest.raises(ValueError, match=r"subject.y: expected labels in \[0, 2\)"):
+        cut(jax.random.key(0), mj.dataset(jnp.arange(9.0), jnp.arange(9) // 3), mj.Known())
+    with pytest.raises(ValueError, match=r"subject.y: expected integer labels \[n\]"):
+        cut(jax.random.key(0), mj.dataset(jnp.arange(2.0), jnp.eye(2)), mj.Known())

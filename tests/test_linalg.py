@@ -66,3 +66,33 @@ def test_a_singular_matrix_has_the_least_solution_where_nothing_depends_on_its_n
     matrix, b = root @ root.T, root @ np.arange(4.0)
     matvec = jax.jit(lambda b: linalg.cholesky_solve(lambda v: jnp.asarray(matrix) @ v, b))
     np.testing.assert_allclose(matrix @ matvec(jnp.asarray(b)), b, atol=1e-9)
+
+
+AWKWARD = [  # rounding puts a corner's aim between 0 and the machine's epsilon: it has to go all the same
+    [[5.0, 0, 6], [2, 3, 0], [2, 5, 6], [4, 1, 0]],
+    [[1.0, 1, 0, 1], [1, 0, 1, 0], [-1, 0, 0, -1], [1, 0, 0, 1], [1, 1, -1, 1], [1, 0, -1, 1]],
+    [[-0.908341188203336], [0.03761859735479172], [-0.03603852918240967], [-1.1040489638856585], [-0.0769278884121896],
+     [-1.3863790713450346]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("points", AWKWARD)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_nearest_point_is_found_where_rounding_misleads(x64, points, dtype):
+    gram = np.asarray(points) @ np.asarray(points).T
+    c = np.asarray(jax.jit(linalg.nearest_in_hull)(jnp.asarray(gram, dtype)), np.float64)
+    assert c @ gram @ c - brute_force(gram) <= 1e3 * np.finfo(dtype).eps * np.diag(gram).max()
+
+
+def test_many_small_hulls_of_integer_points():
+    points = np.random.default_rng(0).integers(-1, 2, size=(4000, 6, 4)).astype(np.float32)
+    gram = points @ points.transpose(0, 2, 1)
+    c = np.asarray(jax.jit(jax.vmap(linalg.nearest_in_hull))(jnp.asarray(gram)))
+    assert np.isfinite(c).all() and c.min() >= 0
+    for k in range(0, 4000, 40):
+        assert c[k] @ gram[k] @ c[k] - brute_force(gram[k].astype(np.float64)) <= 1e-5 * np.diag(gram[k]).max()
+
+
+def test_hulls_in_half_precision():
+    c = linalg.nearest_in_hull(jnp.eye(2, dtype=jnp.bfloat16))
+    assert c.dtype == jnp.bfloat16 and c.tolist() == [0.5, 0.5]

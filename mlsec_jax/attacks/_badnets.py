@@ -71,7 +71,7 @@ def badnets(
         rows = jnp.argsort(jnp.where(allowed, draw, jnp.inf))[:num_poisons]
         into = jnp.arange(subject.num_rows - num_poisons, subject.num_rows) if append else None
         reach = backdoor(trigger, rows, relabel=relabel, into=into, place_key=place_key)
-        poisoned = jnp.zeros(subject.num_rows, bool).at[reach.rows].set(allowed[rows])
+        poisoned = jnp.zeros(subject.num_rows, bool).at[rows if into is None else into].set(allowed[rows])
         stamped = reach.embed(trigger.pattern, subject)
         chosen = lambda new, old: jnp.where(poisoned.reshape(-1, *[1] * (new.ndim - 1)), new, old)
         return jax.tree.map(chosen, stamped, subject), {"rows": rows, "poisoned": poisoned}

@@ -188,13 +188,18 @@ def bilevel(
 
 
 def require_alive(infos: Any) -> None:
-    """Raises when no poison had a gradient in any step: the host's check after a run of `bilevel`.
+    """Raises when no poison had a finite gradient in any step: the host's check after a run of `bilevel`.
 
     A hard filter has a true derivative of zero for a removed poison, so an attack through it can stand still.
 
     Args:
       infos: what `combine.run` returned.
     """
+    if "finite" in infos and not jnp.any(infos["finite"]):
+        raise ValueError(
+            "attacks.bilevel: no step had a finite gradient: training diverges, or its optimizer has no derivative where a "
+            "parameter never moves (optax.adam with eps_root = 0)."
+        )
     if int(jnp.max(infos["alive"], initial=0)) == 0:
         raise ValueError(
             "attacks.bilevel: no poison row had a gradient in any step: the defense removed them all, or the outer loss "

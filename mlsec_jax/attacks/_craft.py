@@ -75,7 +75,15 @@ def craft(
         report = {"outer": value, "gradient_norm": tree.norm(gradient), **info}
         return CraftState(moved, opt_state, state.aim), report
 
-    return Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject))
+    return unless_empty(rows, Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject)))
+
+
+def unless_empty(rows: jax.Array, algorithm: Algorithm) -> Algorithm:
+    """The algorithm; for no rows at all, the empty attack, one that leaves everything as it is."""
+    if rows.shape[0]:
+        return algorithm
+    nothing = {"outer": jnp.zeros(()), "gradient_norm": jnp.zeros(())}
+    return Algorithm(lambda key, subject, known: (), lambda key, state, *_: (state, nothing), lambda state, subject: subject)
 
 
 def drawn(features_fn: ApplyFn, num_draws: int) -> Callable[[Key, Params, Any], list[jax.Array]]:

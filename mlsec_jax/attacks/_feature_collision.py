@@ -114,6 +114,8 @@ def feature_collision(
         goal = _craft.target(known, by)
         threat_key, aim_key = jax.random.split(key)
         clean = threat.init(threat_key, subject)
+        if not isinstance(clean, jax.Array):
+            raise ValueError(f"subject.x: expected one array, or an optimizer beside it, got {jax.tree.structure(clean)}.")
         gamma = jnp.asarray(opacity, clean.dtype)
         base = gamma * _craft.mean_row(losses.present(goal).x, goal.weight)[None] + (1 - gamma) * clean
         poison = threat.project(base, subject)
@@ -137,7 +139,8 @@ def feature_collision(
         accepted = value < state.value
         pick = lambda new, old: jnp.where(tree.per_row(accepted, old), new, old)
         poison, gradient = pick(state.trial, state.poison), pick(gradient, state.gradient)
-        sizes = state.step_size * jnp.where(accepted, jnp.asarray(grow, value.dtype), jnp.asarray(shrink, value.dtype))
+        change = jnp.where(accepted, jnp.asarray(grow, value.dtype), jnp.asarray(shrink, value.dtype))
+        sizes = state.step_size * jnp.where(jnp.isfinite(state.value), change, 1)  # the first only looks at the start
         size = tree.per_row(sizes, poison)
         forward = poison - size * gradient
         pull = 2 * size * penalty
@@ -146,4 +149,5 @@ def feature_collision(
         report = {"outer": jnp.mean(value), "value": value, "accepted": accepted, "step_size": sizes}
         return CollisionState(poison, trial, state.base, value, gradient, sizes, state.aim), report
 
-    return Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject))
+    rows = _craft.rows_of(threat, by)
+    return _craft.unless_empty(rows, Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject)))

@@ -90,14 +90,14 @@ def largest_gradients(
     by = "attacks.largest_gradients"
     if num_rows > subject.num_rows:
         raise ValueError(f"num_rows: expected at most the {subject.num_rows} rows of the data, got {num_rows}.")
-    params = _craft.networks(known, by)
+    chosen, fixed = tree.partition(_craft.networks(known, by))
     eligible = (subject.y == jnp.asarray(label, subject.y.dtype)) & (subject.weight > 0)
     if checks.is_concrete(eligible) and int(jnp.sum(eligible)) < num_rows:
         raise ValueError(f"num_rows: expected at most the {int(jnp.sum(eligible))} rows of label {label}, got {num_rows}.")
 
     def norm(row: Data) -> jax.Array:
         alone = jax.tree.map(lambda leaf: leaf[None], row)
-        return tree.norm(jax.grad(lambda own: jnp.sum(loss_fn(own, alone)))(params))
+        return tree.norm(jax.grad(lambda own: jnp.sum(loss_fn(tree.merge(own, fixed), alone)))(chosen))
 
     norms = jax.lax.map(norm, losses.present(subject), batch_size=min(batch_size, subject.num_rows))
     norms = jnp.where(eligible, norms, -jnp.inf)

@@ -100,7 +100,7 @@ def hidden_trigger(
         report = {"outer": value, "gradient_norm": tree.norm(gradient), "distance": distance, "source": partner}
         return _craft.CraftState(threat.project(moved, subject), opt_state, table), report
 
-    return Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject))
+    return _craft.unless_empty(rows, Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject)))
 
 
 def _squared_distances(found: list[jax.Array], sources: list[jax.Array]) -> jax.Array:

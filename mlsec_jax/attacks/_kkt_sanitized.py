@@ -22,7 +22,7 @@ class Feasible(NamedTuple):
       radius: `[2]`, of the sphere `‖x - μ_y‖ ≤ r_y`.
       axis: `[d]`, the unit vector between centroids.
       slab: `[2]`, `|(x - μ_y)ᵀ axis| ≤ s_y`.
-      loss: `[2]`, the largest hinge loss at the decoy, at least 1.
+      loss: `[2]`, the largest hinge loss at the decoy, at least 0.
       box: `[2]`, least and greatest input.
     """
 

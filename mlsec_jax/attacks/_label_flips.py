@@ -76,7 +76,7 @@ def flip_margin(apply_fn: ApplyFn, *, num_flips: int, farthest: bool = False) ->
     `num_flips`; assumes - the model is near to the victim's.
 
     Args:
-      apply_fn: `(params, x, key=None) -> logits [n, c]`.
+      apply_fn: `(params, x, key=None) -> logits [n, c]`, or one logit a row, `[n]` or `[n, 1]`, of class 1.
       num_flips: static.
       farthest: flip the most confident rows instead.
 
@@ -90,6 +90,10 @@ def flip_margin(apply_fn: ApplyFn, *, num_flips: int, farthest: bool = False) ->
     def transform(key: Key, subject: Data, known: Known) -> tuple[Data, Info]:
         params = known.require("params", by="attacks.flip_margin")
         logits = apply_fn(params, losses.present(subject).x)
+        if logits.size == subject.num_rows:  # one logit a row is that of class 1 against class 0
+            logits = jnp.stack([-logits.reshape(-1) / 2, logits.reshape(-1) / 2], axis=1)
+        if logits.ndim != 2:
+            raise ValueError(f"apply_fn: expected logits [n, c], [n, 1] or [n], got shape {logits.shape}.")
         _check(subject, num_flips, logits.shape[-1])
         label = jax.nn.one_hot(subject.y, logits.shape[-1], dtype=logits.dtype)
         others = jnp.where(label > 0, -jnp.inf, logits)

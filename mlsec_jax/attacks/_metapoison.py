@@ -93,6 +93,7 @@ def metapoison(
 
     def init(key: Key, subject: Data, known: Known) -> MetaPoisonState:
         checks.data("subject", subject)
+        checks.data("known.goal", known.require("goal", by="attacks.metapoison"))
         threat_key, net_key, train_key = jax.random.split(key, 3)
         poison = threat.project(threat.init(threat_key, subject), subject)
         plan = plan_of(subject)

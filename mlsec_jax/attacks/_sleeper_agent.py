@@ -108,4 +108,4 @@ def sleeper_agent(
         report = {"outer": value, "gradient_norm": tree.norm(gradient), "cosine": 1 - value, "retrained": due}
         return SleeperState(moved, opt_state, surrogate, aim, state.step + 1), report
 
-    return Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject))
+    return _craft.unless_empty(rows, Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject)))

@@ -162,7 +162,7 @@ def back_gradient(
 
     Args:
       loss_fn: per-example loss.
-      learning_rate: η, at least 0; may be a tracer.
+      learning_rate: η, at least 0; may be a tracer; for `"stored"` also an optax schedule.
       num_steps: T, static; 0 steps, like params of which nothing is trained, give the start back.
       momentum: μ, static: `v ← μ v + g`, `w ← w - η v`, as in `optax.sgd`.
       reversal: one of the four.
@@ -179,8 +179,10 @@ def back_gradient(
     checks.one_of("reversal", reversal, REVERSALS)
     checks.count("num_inversions", num_inversions, 1)
     checks.count("anchor_every", anchor_every, 1)
-    if not callable(learning_rate):  # optax's schedules pass
+    if not callable(learning_rate):
         checks.at_least("learning_rate", learning_rate, 0)
+    elif reversal != "stored":
+        raise ValueError(f"learning_rate: expected a number for reversal={reversal!r}; a schedule is for 'stored'.")
     if not checks.is_concrete(momentum):
         raise ValueError("momentum: expected a static number, got a tracer.")
     checks.between("momentum", float(momentum), 0.0, 1.0)
@@ -224,6 +226,10 @@ def back_gradient(
         inversions, segment = (num_inversions, anchor_every) if reversal == "fixed_point" else (1, max(num_steps, 1))
         return _Walk(pure, float(momentum), num_steps, inversions, segment), (args, hoisted)
 
+    def rate_of(chosen: Params) -> jax.Array:
+        """The learning rate as a float, which has a derivative."""
+        return jnp.asarray(learning_rate, jnp.result_type(*jax.tree.leaves(chosen)))
+
     def stays(params: Params) -> bool:
         """Whether training is the identity."""
         return num_steps == 0 or not jax.tree.leaves(tree.partition(params, slots.get("trainable"))[0])
@@ -238,7 +244,7 @@ def back_gradient(
             last, info = reversible_sgd(gradient, momentum=momentum, num_steps=num_steps)(learning_rate, chosen, args)
         else:
             walk, both = walk_of(chosen, args)
-            last = _train(walk, jnp.asarray(learning_rate), chosen, both)
+            last = _train(walk, rate_of(chosen), chosen, both)
         trained = tree.merge(last, fixed)
         return trained, jax.lax.stop_gradient({**final_info(loss_fn, trained, data), **info})
 
@@ -252,7 +258,7 @@ def back_gradient(
             run = reversible_sgd(gradient, momentum=momentum, num_steps=num_steps)
             return {"drift": run.roundtrip(learning_rate, chosen, args)[0]}
         walk, both = walk_of(chosen, args)
-        rate = jnp.asarray(learning_rate)
+        rate = rate_of(chosen)
         last, ends = _run(walk, rate, chosen, both)
         undo = lambda state, carry, t: (_undo(walk, rate, both, state, t), carry)
         first = _back(walk, ends, undo, ())[0][0]

@@ -34,6 +34,8 @@ def dp_gradient(*, clip_norm: Any, noise_multiplier: Any, batch_size: Any, chunk
     checks.above("clip_norm", clip_norm, 0)
     checks.at_least("noise_multiplier", noise_multiplier, 0)
     checks.above("batch_size", batch_size, 0)
+    if chunk is not None:
+        checks.count("chunk", chunk, 1)
 
     def grad_fn(key: Key, loss_fn: LossFn, params: Params, batch: Data) -> Params:
         loss_key, noise_key = jax.random.split(key)

@@ -85,25 +85,23 @@ def glm(
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
         del key
-        rowed = losses.present(data)
-        x = rowed.x.reshape(rowed.x.shape[0], -1)
-        weight = data.weight.astype(x.dtype)
-        matrix = jax.lax.stop_gradient(_gram_of(x, known_gram, rows))
-        first = (params["w"].reshape(-1).astype(x.dtype), params["b"].reshape(()).astype(x.dtype))
-        operands = (x, data.y, weight, jnp.asarray(l2, x.dtype), matrix, jax.lax.stop_gradient(first), tolerance)
+        x, y, weight = _rows_of(data)
+        old_w, old_b = jnp.asarray(params["w"]), jnp.asarray(params["b"])
+        first = (old_w.reshape(-1).astype(x.dtype), old_b.reshape(()).astype(x.dtype))
+        matrix = _gram_of(x, weight, known_gram, rows)
+        operands = (x, y, weight, jnp.asarray(l2, x.dtype), matrix, jax.lax.stop_gradient(first), tolerance)
         w, b, info = _optimum(scalar, num_steps, *operands)
-        return {"w": w.reshape(params["w"].shape), "b": b.reshape(params["b"].shape)}, jax.lax.stop_gradient(info)
+        trained = {"w": w.reshape(old_w.shape).astype(old_w.dtype), "b": b.reshape(old_b.shape).astype(old_b.dtype)}
+        return trained, jax.lax.stop_gradient(info)
 
     def probe(key: Key, params: Params, data: Data, cotangent: Params) -> dict[str, jax.Array]:
         trained, info = fit(key, params, data)
-        rowed = losses.present(data)
-        x = rowed.x.reshape(rowed.x.shape[0], -1)
-        weight = data.weight.astype(x.dtype)
+        x, y, weight = _rows_of(data)
         lam = jnp.asarray(l2, x.dtype)
-        theta = (trained["w"].reshape(-1), trained["b"].reshape(()))
-        target = (cotangent["w"].reshape(-1), cotangent["b"].reshape(()))
-        slope = lambda w, b: _gradient(scalar, w, b, x, data.y, weight, lam)
-        v = _hessian_solve(scalar, *theta, x, data.y, weight, lam, _gram_of(x, known_gram, rows), target)
+        flat = lambda leaves: (leaves["w"].reshape(-1).astype(x.dtype), leaves["b"].reshape(()).astype(x.dtype))
+        theta, target = flat(trained), flat(cotangent)
+        slope = lambda w, b: _gradient(scalar, w, b, x, y, weight, lam)
+        v = _hessian_solve(scalar, *theta, x, y, weight, lam, _gram_of(x, weight, known_gram, rows), target)
         back = jax.jvp(slope, theta, v)[1]
         norm = lambda t: jnp.sqrt(jnp.vdot(t[0], t[0]) + t[1] ** 2)
         residual = norm((back[0] - target[0], back[1] - target[1])) / norm(target)
@@ -122,13 +120,22 @@ def _scalar(make_loss: MakeLoss) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return scalar
 
 
-def _gram_of(x: jax.Array, known_gram: Any, rows: Any) -> jax.Array:
-    """The Gram matrix of x; with a known one, only the given rows and columns are computed."""
+def _rows_of(data: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Flat inputs, labels and weights; an absent row has the inputs 0 and a label that some row has."""
+    rowed, there = losses.present(data), data.weight > 0
+    x = rowed.x.reshape(rowed.x.shape[0], -1)
+    return x, jnp.where(there, rowed.y, rowed.y[jnp.argmax(there)]), data.weight.astype(x.dtype)
+
+
+def _gram_of(x: jax.Array, weight: jax.Array, known_gram: Any, rows: Any) -> jax.Array:
+    """The Gram matrix of x; with a known one, only the given rows and columns are computed. Absent rows are 0."""
     if known_gram is None:
         return x @ x.T
     checks.rows_within("rows", rows, x.shape[0])
     cross = x[rows] @ x.T
-    return jnp.asarray(known_gram, x.dtype).at[rows, :].set(cross).at[:, rows].set(cross.T)
+    there = weight > 0
+    known = jnp.where(there[:, None] & there[None, :], jnp.asarray(known_gram, x.dtype), 0)
+    return known.at[rows, :].set(cross).at[:, rows].set(cross.T)
 
 
 def _slopes(scalar: Any, z: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -161,10 +168,8 @@ def _hessian_solve(
     scalar: Any, w: Any, b: Any, x: jax.Array, y: Any, weight: jax.Array, lam: jax.Array, matrix: Any, target: Any
 ) -> tuple[jax.Array, jax.Array]:
     """`H⁻¹ (g_w, g_b)` at (w, b) by Woodbury's identity; linear in the target, so JAX transposes it."""
-    still = jax.lax.stop_gradient
-    _, second = _slopes(scalar, still(x @ w + b), y)
-    factor, s = _factor(still(matrix), still(_share(weight) * second), still(lam))
-    x, lam = still(x), still(lam)
+    _, second = _slopes(scalar, x @ w + b, y)
+    factor, s = _factor(matrix, _share(weight) * second, lam)
     g_w, g_b = target
     across = jax.scipy.linalg.cho_solve(factor, s)  # apart from the next line, which has to stay linear in the target
     inner = jax.scipy.linalg.cho_solve(factor, s * (x @ g_w))

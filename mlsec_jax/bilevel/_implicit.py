@@ -33,6 +33,7 @@ def lu() -> LinearSolve:
 
 def cg(*, tolerance: float = 1e-10, num_steps: int = 1000, damping: Any = 0.0) -> LinearSolve:
     """Conjugate gradients on Hessian-vector products; solves `(H + ρ I) v = g`."""
+    checks.count("num_steps", num_steps, 1)
     return partial(jaxopt.linear_solve.solve_cg, tol=tolerance, maxiter=num_steps, ridge=damping)
 
 
@@ -49,12 +50,14 @@ def gmres(*, tolerance: float = 1e-10, num_steps: int = 100, damping: Any = 0.0)
 def neumann(num_terms: int, *, scale: Any) -> LinearSolve:
     """The truncated Neumann series of `num_terms` terms; needs `0 < scale · λ_max < 2` (Lorraine et al., 2020)."""
     checks.count("num_terms", num_terms, 1)
+    checks.above("scale", scale, 0)
     return partial(linalg.neumann_solve, num_terms=num_terms, scale=scale)
 
 
 def nystrom(rank: int, *, damping: Any, seed: int = 0) -> LinearSolve:
     """The Nyström approximation of the Hessian from `rank` of its columns (Hataya & Yamada, 2023)."""
     checks.count("rank", rank, 1)
+    checks.above("damping", damping, 0)
     return partial(linalg.nystrom_solve, jax.random.key(seed), rank=rank, damping=damping)
 
 
@@ -71,29 +74,39 @@ def lbfgs(*, num_steps: int = 500, tolerance: float = 1e-10, memory: int = 10) -
     return solve
 
 
-def newton(*, num_steps: int = 20, tolerance: float = 1e-12) -> Solver:
-    """Newton's method with a dense Hessian and step halving; for convex objectives, quadratic convergence."""
+def newton(*, num_steps: int = 100, tolerance: float = 1e-12) -> Solver:
+    """Newton's method with a dense Hessian and step halving; for convex objectives, quadratic convergence.
+
+    Where no size of a step descends, because curvature has vanished in some direction, it goes on with `H + ‖∇‖ I`. It ends
+    early where only rounding is left to gain.
+    """
+    checks.count("num_steps", num_steps)
 
     def solve(objective: Objective, params: Params, data: Data) -> tuple[Params, Info]:
         flat, unravel = ravel_pytree(params)
         value = lambda w: objective.smooth(unravel(w), data)
         gradient, hessian = jax.grad(value), jax.hessian(value)
 
-        def body(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-            w, g, k = carry
-            step = jnp.linalg.solve(linalg.damped(hessian(w)), g)
+        def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            w, g, k, careful, _ = carry
+            ridge = jnp.where(careful, jnp.linalg.norm(g), 0) * jnp.eye(w.size, dtype=w.dtype)
+            step = jnp.linalg.solve(linalg.damped(hessian(w)) + ridge, g)
             sizes = 0.5 ** jnp.arange(12, dtype=w.dtype)
             values = jax.lax.map(lambda size: value(w - size * step), sizes)
             start = value(w)
             slack = 10 * jnp.finfo(w.dtype).eps * jnp.abs(start)
             good = values <= start - 1e-4 * sizes * jnp.vdot(g, step) + slack
-            w = w - sizes[jnp.argmax(good)] * jnp.where(jnp.any(good), step, 0)
-            return w, gradient(w), jnp.where(jnp.any(good), k + 1, num_steps)
+            size, stuck = jnp.argmax(good), ~jnp.any(good)
+            w = w - sizes[size] * jnp.where(stuck, 0, step)
+            after = gradient(w)
+            level = (values[size] >= start - slack) & (2 * jnp.linalg.norm(after) > jnp.linalg.norm(g))
+            return w, after, k + 1, stuck | careful, jnp.where(stuck, careful, level)
 
-        def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            return (jnp.linalg.norm(carry[1]) > tolerance) & (carry[2] < num_steps)
+        def unfinished(carry: tuple[jax.Array, ...]) -> jax.Array:
+            return (jnp.linalg.norm(carry[1]) > tolerance) & (carry[2] < num_steps) & ~carry[4]
 
-        w, g, k = jax.lax.while_loop(unfinished, body, (flat, gradient(flat), jnp.zeros((), jnp.int32)))
+        begin: tuple[jax.Array, ...] = (flat, gradient(flat), jnp.zeros((), jnp.int32), jnp.asarray(False), jnp.asarray(False))
+        w, g, k, *_ = jax.lax.while_loop(unfinished, body, begin)
         return unravel(jnp.where(jnp.isfinite(jnp.linalg.norm(g)), w, jnp.nan)), {"num_steps": k}
 
     return solve

@@ -100,7 +100,7 @@ def unrolled(
 
     Args:
       loss_fn: per-example loss `(params, data, key=None) -> [n]`.
-      optimizer: any optax optimizer.
+      optimizer: any optax optimizer; of Adam and its kin give `eps_root` more than 0, for √v has no derivative at v = 0.
       num_steps: static.
       remat: `"none"`, `"step"`, `"sqrt"` or `"log"`.
       **slots: `batching`, `grad_fn`, `during`, `trainable` of `loop.sgd`.

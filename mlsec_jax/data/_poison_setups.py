@@ -64,9 +64,17 @@ def fine_tuning_rows(labels: np.ndarray, setup: PoisonSetup, *, num_rows: int = 
 
     Returns:
       `[num_rows]` row numbers in the official training order; the first `len(base_indices)` are the bases.
+
+    Raises:
+      ValueError: num_rows does not divide among the classes, or a class has too few rows, or more bases than its share.
     """
-    classes = np.unique(labels)
+    classes, found = np.unique(labels, return_counts=True)
     each = num_rows // len(classes)
+    if each * len(classes) != num_rows or each > found.min() or len(setup.base_indices) > each:
+        raise ValueError(
+            f"num_rows: expected a multiple of the {len(classes)} classes, for each between the {len(setup.base_indices)} "
+            f"bases and the {found.min()} rows that there are, got {num_rows}."
+        )
     free = np.ones(len(labels), bool)
     free[setup.base_indices] = False
     parts = [setup.base_indices]

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlsec_jax import checks
+
 
 class Interval(NamedTuple):
     """A mean over seeds, and the ends of its confidence interval."""
@@ -43,6 +45,8 @@ def wilson(
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected between 0 and 1, got {confidence}.")
+    if checks.is_concrete((successes, trials)) and np.any((np.asarray(successes) < 0) | (np.asarray(successes) > trials)):
+        raise ValueError(f"successes: expected from 0 to {trials} trials, got {successes}.")
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     hits, n = jnp.asarray(successes).astype(float), jnp.asarray(trials).astype(float)
     # Both sides times n, so that n = 0 needs no case of its own.

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mlsec_jax import checks, linalg, tree
 from mlsec_jax.base import Data, Key, Threat
@@ -46,13 +45,7 @@ def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
 
     def where(data: Data) -> Any:
         checks.rows_within("rows", rows, data.num_rows)
-        if checks.is_concrete((rows, data.weight)):
-            taken = int(np.sum(np.asarray(data.weight)[rows] > 0))
-            if taken:
-                raise ValueError(
-                    f"rows: expected {rows.size} reserved rows (weight 0), got {taken} that clean data already "
-                    "use: the poison budget is larger than the reserve (threat.reserve)."
-                )
+        checks.reserved("rows", rows, data.weight)
         return jnp.asarray(rows)
 
     def init(key: Key, data: Data) -> Any:
@@ -110,15 +103,21 @@ def perturb_rows(
         return jax.tree.unflatten(structure, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=True)])
 
     def project(poison: Any, data: Data) -> Any:
+        clean = tree.take(data.x, jnp.asarray(rows))
+        if norm == "l2":
+            apart = jax.tree.map(jnp.subtract, poison, clean)
+            inside = linalg.project_ball(apart, radius)
+            stay = lambda p, base, d, i: jnp.where(i == d, p, base + i)
+            poison = jax.tree.map(stay, poison, clean, apart, inside)
+
         def each(p: jax.Array, base: jax.Array) -> jax.Array:
             low, high, r = (jnp.asarray(v, p.dtype) for v in (lo, hi, radius))
             low, high = jnp.minimum(low, base), jnp.maximum(high, base)
             if norm == "linf":
-                return jnp.clip(p, jnp.maximum(low, base - r), jnp.minimum(high, base + r))
-            inside = linalg.project_ball(p - base, r)
-            return jnp.clip(jnp.where(inside == p - base, p, base + inside), low, high)
+                low, high = jnp.maximum(low, base - r), jnp.minimum(high, base + r)
+            return jnp.clip(p, low, high)
 
-        return jax.tree.map(each, poison, tree.take(data.x, jnp.asarray(rows)))
+        return jax.tree.map(each, poison, clean)
 
     def embed(poison: Any, data: Data) -> Data:
         x = jax.tree.map(lambda leaf, p: leaf.at[jnp.asarray(rows)].set(p.astype(leaf.dtype)), data.x, poison)

@@ -298,6 +298,8 @@ def backdoor(
     def embed(pattern: Any, data: Data) -> Data:
         checks.rows_within("rows", rows, data.num_rows)
         checks.rows_within("into", filled, data.num_rows)
+        if into is not None:
+            checks.reserved("into", filled, data.weight)
         x, y = tree.take((data.x, data.y), jnp.asarray(rows, jnp.int32))
         x = trigger.stamp(pattern, place_key, x)
         y = y if relabel is None else relabel(y).astype(data.y.dtype)
@@ -312,7 +314,7 @@ def backdoor(
         del key, data
         return trigger.pattern
 
-    return Threat(init, project, embed, places)
+    return Threat(init, project, embed)  # the pattern has no axis of rows
 
 
 def triggered(key: Key | None, trigger: Trigger, data: Data, *, relabel: Relabel) -> Data:

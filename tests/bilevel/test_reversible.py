@@ -12,7 +12,7 @@ import pytest
 from mlsec_jax.bilevel import _reversible
 from mlsec_jax.bilevel._reversible import as_fraction, reversible_sgd
 
-BITS = 44
+BITS = {np.float32: 44, np.float64: 50}  # the defaults
 
 
 def mlp(dtype, hidden=5):
@@ -62,7 +62,7 @@ def test_2000_steps_return_to_the_initial_bits(momentum, dtype):
         params, args, _, grad_fn = mlp(dtype)
         run = reversible_sgd(grad_fn, momentum=momentum, num_steps=2000)
         flat = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
-        grid = np.trunc(flat.astype(np.float64) * 2.0**BITS) / 2.0**BITS  # the bits that the integers start with
+        grid = np.trunc(flat.astype(np.float64) * 2.0 ** BITS[dtype]) / 2.0 ** BITS[dtype]  # the bits that integers start with
         if dtype == np.float32:
             np.testing.assert_array_equal(grid, flat)
         if momentum == 0.9:
@@ -308,7 +308,7 @@ def test_memory_is_a_tenth_of_the_stored_trajectory_at_most():
     assert exact < stored / 10
     state = jax.eval_shape(
         lambda: _reversible._start(
-            _reversible._Setting(grad_fn, Fraction(9, 10), steps, BITS), _reversible._Flat.of(params), params
+            _reversible._Setting(grad_fn, Fraction(9, 10), steps, BITS[np.float32]), _reversible._Flat.of(params), params
         )
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -144,3 +144,12 @@ def test_success_is_asked_of_other_classes_only():
 def test_bad_input_is_named(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_stamped_copies_fill_reserved_rows_only():
+    clean = mj.dataset(jnp.zeros((6, 4, 4, 1)), jnp.zeros(6, jnp.int32))
+    data = threat.reserve(clean, jax.tree.map(lambda leaf: leaf[:2], clean))
+    copies = lambda k: threat.backdoor(threat.pixel(at=(0, 0)), jnp.arange(k), relabel=threat.to_class(1), into=k)
+    assert copies(2).embed(jnp.ones((1, 1, 1)), data).weight.sum() == 8
+    with pytest.raises(ValueError, match=r"into: expected 4 reserved rows \(weight 0\), got 2"):
+        copies(4).embed(jnp.ones((1, 1, 1)), data)

@@ -1,0 +1,20 @@
+"""Budgets on rows that are pytrees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mlsec_jax as mj
+from mlsec_jax import threat
+
+
+def test_an_l2_ball_is_of_the_whole_row():
+    data = mj.dataset({"a": jnp.full((2, 3), 0.5), "b": jnp.full((2, 2, 2), 0.5)}, jnp.zeros(2, jnp.int32))
+    reach = threat.perturb_rows([0, 1], radius=0.5, norm="l2")
+    shift = {"a": jnp.array([[0.3] * 3, [0.01] * 3]), "b": jnp.array([[[0.3] * 2] * 2, [[0.01] * 2] * 2])}
+    poison = reach.project(jax.tree.map(jnp.add, data.x, shift), data)
+    apart = jax.tree.map(lambda p, base: (p - base).reshape(2, -1), poison, data.x)
+    length = np.linalg.norm(np.concatenate([apart["a"], apart["b"]], axis=1), axis=1)
+    np.testing.assert_allclose(length, [0.5, 0.01 * np.sqrt(7)], rtol=1e-5)
+    np.testing.assert_array_equal(poison["a"][1], data.x["a"][1] + shift["a"][1])
+    jax.tree.map(np.testing.assert_array_equal, threat.perturb_rows([0, 1], radius=0.0, norm="l2").project(poison, data), data.x)
