@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlsec_jax import checks
+from mlsec_jax.base import auto_axes
 
 
 def mesh(devices: int | Sequence[jax.Device] | None = None, axis: str = "trials") -> Mesh:
@@ -78,7 +79,7 @@ def spread(
     _check_in_axes(in_axes)
 
     def mapped(*args):
-        devices = _mesh() if mesh is None else mesh
+        devices = _mesh() if mesh is None else auto_axes(mesh)
         axes = _one_each(in_axes, args)
         num_rows = _num_rows(axes, args)
         fill = -num_rows % devices.size
@@ -144,7 +145,7 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
             f"tree: expected a number of rows that {mesh.size} devices divide, got {num_rows} "
             "(reserve rows of weight 0)."
         )
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    return jax.device_put(tree, NamedSharding(auto_axes(mesh), PartitionSpec(mesh.axis_names)))
 
 
 def gather(tree: Any) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlsec_jax import parallel
+from mlsec_jax import models, parallel
 from mlsec_jax.base import Algorithm, Data, Known
 from mlsec_jax.drive import drive
 from mlsec_jax.parallel import chunked, gather, shard_batch, spread
@@ -82,6 +82,8 @@ def results():
     yield from {"train5": out, "grad": grad, "close_total": close_total, "close_grad": close_grad}.items()
     yield "train8", jax.jit(spread(train, in_axes=(0, 0, None)))(*rows(8), DATA)
     yield "close_vmap", jax.jit(spread(train, in_axes=(0, 0, None), inner="vmap"))(keys, options, DATA)
+    made = jax.make_mesh((jax.device_count(),), ("rows",))
+    yield "made_mesh", jax.jit(spread(train, in_axes=(0, 0, None), mesh=made))(keys, options, DATA)
     yield "shard_batch", shard_batch(DATA, parallel.mesh(min(2, jax.device_count())))
 
 
@@ -156,6 +158,15 @@ def test_spread_is_a_loop(inner):
     loop = [train_one(keys[i], {"rate": options["rate"][i]}, DATA) for i in range(5)]
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *loop)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_a_mesh_of_jaxs_own_is_as_good():
+    """`jax.make_mesh` makes axes explicit unless told otherwise."""
+    made = jax.make_mesh((1,), ("rows",))
+    assert made.axis_types == (jax.sharding.AxisType.Explicit,)
+    x = jnp.arange(128.0).reshape(2, 8, 8, 1)
+    np.testing.assert_array_equal(spread(jnp.sin, mesh=made, inner="map")(x), spread(jnp.sin, inner="map")(x))
+    np.testing.assert_array_equal(models.max_pool(shard_batch(x, made)), models.max_pool(x))
 
 
 def test_chunked_is_vmap():

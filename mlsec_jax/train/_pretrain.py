@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlsec_jax import checks, loop, losses
-from mlsec_jax.base import Data, Info, Key, Params
+from mlsec_jax.base import Data, Info, Key, Params, auto_axes
 from mlsec_jax.train._augment import augment
 
 
@@ -71,7 +71,7 @@ def pretrain(
 
     def during(key: Key, batch: Data) -> Data:
         if mesh is not None:
-            rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            rows = NamedSharding(auto_axes(mesh), PartitionSpec(mesh.axis_names))
             batch = jax.lax.with_sharding_constraint(batch, rows)
         return transform(key, batch)
 

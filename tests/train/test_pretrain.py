@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import mlsec_jax as mj
-from mlsec_jax import combine, losses, models, train
+from mlsec_jax import combine, losses, models, parallel, train
 
 KEY = jax.random.key(0)
 MODEL = models.convnet(width=4, sizes=(1, 2), pooled=(0, 1), num_classes=2, groups=2, block_dropout=0.1)
@@ -121,14 +121,21 @@ def test_the_augmentation_composes_into_any_trainer():
     assert jnp.any(goal(data.x) != 0)
 
 
+@pytest.mark.parametrize("mesh", [parallel.mesh(1), jax.make_mesh((1,), ("rows",))], ids=["ours", "jax's"])
+def test_a_mesh_of_one_device_changes_nothing(mesh):
+    data, net = stripes(16), models.softmax_regression(num_classes=2)
+    fit = lambda mesh: train.pretrain(KEY, net, data, RECIPE._replace(num_epochs=1), mesh=mesh)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), fit(mesh), fit(None))
+
+
 @pytest.mark.slow
 def test_rows_of_a_batch_spread_over_two_devices():
     code = """
         import jax, jax.numpy as jnp, numpy as np
-        from mlsec_jax import parallel, train
+        from mlsec_jax import train
         from tests.train.test_pretrain import KEY, MODEL, RECIPE, stripes
         data, short = stripes(32), RECIPE._replace(num_epochs=1)
-        mesh = parallel.mesh(2)
+        mesh = jax.make_mesh((2,), ("rows",))
         one, _ = jax.jit(lambda key, data: train.pretrain(key, MODEL, data, short))(KEY, data)
         two = jax.jit(lambda key, data: train.pretrain(key, MODEL, data, short, mesh=mesh)).lower(KEY, data).compile()
         assert "all-reduce" in two.as_text()
