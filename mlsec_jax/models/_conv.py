@@ -107,12 +107,8 @@ def grouped_conv(
     inputs = tuple(extent(h, a) for h, a in zip(x.shape[2:4], input_dilation, strict=True))
     taps = tuple(extent(k, b) for k, b in zip(kernel.shape[1:3], kernel_dilation, strict=True))
     padding = _padding(padding, inputs, taps, stride)
-    axes = tuple(_varying(x) | _varying(kernel))  # inside shard_map: both operands vary over the same axes
-    if axes:
-        x, kernel = (_vary(v, tuple(a for a in axes if a not in _varying(v))) for v in (x, kernel))
     return conv_p.bind(
-        x,
-        kernel,
+        *vary_alike(x, kernel),
         stride=stride,
         padding=padding,
         input_dilation=input_dilation,
@@ -145,6 +141,12 @@ def _padding(
     if len(pairs) != 2:
         raise ValueError(f"padding: expected two pairs (height, width), got {padding!r}.")
     return pairs
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays; inside `shard_map` all vary over the same axes, as a primitive's operands have to."""
+    axes = frozenset().union(*map(_varying, arrays))
+    return tuple(_vary(array, tuple(axes - _varying(array))) for array in arrays)
 
 
 def _varying(array: jax.Array) -> frozenset:

@@ -24,6 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mlsec_jax import checks
+from mlsec_jax.models._conv import vary_alike
 
 _LABELS = ("NHWC", "HWIO", "NHWC")
 
@@ -60,7 +61,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     if not all(side % 2 for side in kernel.shape[:2]):
         raise ValueError(f"kernel: expected odd sides, got {kernel.shape[:2]}.")
     checks.count("stride", stride, 1)
-    out = depthwise_p.bind(x, kernel)
+    out = depthwise_p.bind(*vary_alike(x, kernel))
     if stride == 1:
         return out
     starts = []
@@ -111,8 +112,8 @@ def _run_correlate_cpu(x: jax.Array, y: jax.Array, *, taps: tuple[int, int]) -> 
         shifts = _shifts(padded, taps)
         return tuple(total + shifted * image for total, shifted in zip(totals, shifts, strict=True)), None
 
-    start = (jnp.zeros(y.shape[1:], y.dtype),) * math.prod(taps)
-    totals, _ = lax.scan(add, start, (_pad(x, taps), y))
+    zeros, _ = vary_alike(jnp.zeros(y.shape[1:], y.dtype), y)
+    totals, _ = lax.scan(add, (zeros,) * math.prod(taps), (_pad(x, taps), y))
     return jnp.stack([jnp.sum(total, axis=(0, 1)) for total in totals]).reshape(*taps, -1)
 
 
