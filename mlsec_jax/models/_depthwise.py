@@ -105,16 +105,17 @@ def _run_correlate(x: jax.Array, y: jax.Array, *, taps: tuple[int, int]) -> jax.
 
 
 def _run_correlate_cpu(x: jax.Array, y: jax.Array, *, taps: tuple[int, int]) -> jax.Array:
-    """Image by image, the products of each tap summed up in an array of their own."""
+    """Image by image, the products of each tap summed up in an array of their own, of 32 bits at least."""
+    exact = y.dtype if y.dtype.itemsize > 2 else jnp.float32
 
     def add(totals: tuple, images: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
-        padded, image = images
+        padded, image = (leaf.astype(exact) for leaf in images)
         shifts = _shifts(padded, taps)
         return tuple(total + shifted * image for total, shifted in zip(totals, shifts, strict=True)), None
 
-    zeros, _ = vary_alike(jnp.zeros(y.shape[1:], y.dtype), y)
+    zeros, _ = vary_alike(jnp.zeros(y.shape[1:], exact), y)
     totals, _ = lax.scan(add, (zeros,) * math.prod(taps), (_pad(x, taps), y))
-    return jnp.stack([jnp.sum(total, axis=(0, 1)) for total in totals]).reshape(*taps, -1)
+    return jnp.stack([jnp.sum(total, axis=(0, 1)) for total in totals]).reshape(*taps, -1).astype(y.dtype)
 
 
 def _flip(kernel: jax.Array) -> jax.Array:
