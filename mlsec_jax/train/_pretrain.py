@@ -65,8 +65,8 @@ def pretrain(
     loss_fn = losses.cross_entropy(model.apply)
     num_steps = recipe.num_epochs * (train.num_rows // recipe.batch_size)
     rising = int(recipe.warmup * num_steps)
-    rate = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, rising, max(num_steps, rising + 1))
-    sgd = optax.sgd(rate, recipe.momentum, nesterov=True)
+    share = optax.warmup_cosine_decay_schedule(0.0, 1.0, rising, max(num_steps, rising + 1))
+    sgd = optax.sgd(lambda step: recipe.learning_rate * share(step), recipe.momentum, nesterov=True)
     transform = augment(pad=recipe.pad, flip=recipe.flip)
 
     def during(key: Key, batch: Data) -> Data:

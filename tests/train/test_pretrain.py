@@ -121,6 +121,19 @@ def test_the_augmentation_composes_into_any_trainer():
     assert jnp.any(goal(data.x) != 0)
 
 
+def test_the_recipes_rates_are_operands():
+    data, net = stripes(16), models.softmax_regression(num_classes=2)
+
+    def fit(*rates):
+        fields = dict(zip(("learning_rate", "momentum", "weight_decay"), rates))
+        return train.pretrain(KEY, net, data, RECIPE._replace(**fields))[0]
+
+    rates = (jnp.array([0.1, 0.0]), jnp.array([0.9, 0.5]), jnp.array([0.1, 0.0]))
+    found = jax.jit(jax.vmap(fit))(*rates)
+    for i, each in enumerate(zip(*(rate.tolist() for rate in rates))):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), found, fit(*each))
+
+
 @pytest.mark.parametrize("mesh", [parallel.mesh(1), jax.make_mesh((1,), ("rows",))], ids=["ours", "jax's"])
 def test_a_mesh_of_one_device_changes_nothing(mesh):
     data, net = stripes(16), models.softmax_regression(num_classes=2)
