@@ -6,6 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +133,19 @@ def test_the_recipes_rates_are_operands():
     found = jax.jit(jax.vmap(fit))(*rates)
     for i, each in enumerate(zip(*(rate.tolist() for rate in rates))):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), found, fit(*each))
+
+
+def test_the_frozen_statistics_of_an_adapted_network_stay_what_they_are():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(2)(linen.BatchNorm(use_running_average=True)(x.reshape(x.shape[0], -1)))
+
+    data, net = stripes(16), models.adapt.linen(Net())
+    start = net.init(jax.random.split(KEY)[0], data.x[:1])
+    params, _ = train.pretrain(KEY, net, data, RECIPE, trainable=models.adapt.trainable)
+    jax.tree.map(np.testing.assert_array_equal, params["state"], start["state"])
+    assert not np.allclose(params["params"]["Dense_0"]["kernel"], start["params"]["Dense_0"]["kernel"])
 
 
 @pytest.mark.parametrize("mesh", [parallel.mesh(1), jax.make_mesh((1,), ("rows",))], ids=["ours", "jax's"])
