@@ -145,6 +145,10 @@ def test_eager_equals_jit_and_the_second_call_does_not_retrace():
         (dict(x=jnp.zeros((2, 5, 5, 2)), kernel=jnp.zeros((3, 3, 2, 4)), stride=0), "stride: expected an integer"),
         (dict(x=jnp.zeros((2, 5, 5, 2)), kernel=jnp.zeros((3, 3, 2, 4)), padding="same"), "padding: expected one of"),
         (dict(x=jnp.zeros((2, 5, 5, 2)), kernel=jnp.zeros((3, 3, 2, 4)), batch_rule="scan"), "batch_rule: expected"),
+        *(
+            (dict(x=jnp.zeros((2, 5, 5, 2)), kernel=jnp.zeros((3, 3, 2, 4)), padding=padding), "integers .*top, bottom")
+            for padding in (1, (1, 1), ((1.7, 0), (0, 0)), ((1, 1),), ((1, 1), (1,)))
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
