@@ -39,7 +39,7 @@ def mesh(devices: int | Sequence[jax.Device] | None = None, axis: str = "trials"
     """
     if devices is None:
         devices = jax.devices()
-    elif isinstance(devices, int):
+    elif isinstance(devices, (int, np.integer)):
         checks.between("devices", devices, 1, jax.device_count())
         devices = jax.devices()[:devices]
     return Mesh(np.asarray(devices), (axis,))
@@ -151,11 +151,15 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
 def gather(tree: Any) -> Any:
     """NumPy copies on this host of arrays that may be spread over devices and processes (then every process calls it).
 
+    Typed keys, which NumPy has not, stay what they are, on one device.
+
     >>> gather(shard_batch(jnp.arange(4), mesh(1))).tolist()
     [0, 1, 2, 3]
     """
 
     def whole(leaf):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
         return np.asarray(leaf) if local else multihost_utils.process_allgather(leaf, tiled=True)
 

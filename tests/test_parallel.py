@@ -83,6 +83,7 @@ def results():
     yield "train8", jax.jit(spread(train, in_axes=(0, 0, None)))(*rows(8), DATA)
     yield "close_vmap", jax.jit(spread(train, in_axes=(0, 0, None), inner="vmap"))(keys, options, DATA)
     made = jax.make_mesh((jax.device_count(),), ("rows",))
+    assert gather(spread(lambda key: key)(keys)).is_fully_addressable
     yield "made_mesh", jax.jit(spread(train, in_axes=(0, 0, None), mesh=made))(keys, options, DATA)
     yield "shard_batch", shard_batch(DATA, parallel.mesh(min(2, jax.device_count())))
 
@@ -167,6 +168,16 @@ def test_a_mesh_of_jaxs_own_is_as_good():
     x = jnp.arange(128.0).reshape(2, 8, 8, 1)
     np.testing.assert_array_equal(spread(jnp.sin, mesh=made, inner="map")(x), spread(jnp.sin, inner="map")(x))
     np.testing.assert_array_equal(models.max_pool(shard_batch(x, made)), models.max_pool(x))
+
+
+def test_devices_are_counted_in_numpys_integers_too():
+    assert parallel.mesh(np.int64(1)) == parallel.mesh(1)
+
+
+def test_gather_keeps_typed_keys():
+    keys, _ = rows(4)
+    got = gather({"keys": shard_batch(keys, parallel.mesh(1))})["keys"]
+    assert got.dtype == keys.dtype and bool(jnp.all(got == keys))
 
 
 def test_chunked_is_vmap():
