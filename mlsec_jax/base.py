@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 Params = Any  # any pytree of arrays
 Info = Any  # any pytree of arrays; a dict by convention
@@ -75,6 +76,15 @@ def dataset(x: Any, y: Any, weight: Any = None) -> Data:
     if weight.shape != y.shape[:1]:
         raise ValueError(f"weight: expected shape {y.shape[:1]}, got {weight.shape}.")
     return Data(x, y, weight)
+
+
+def auto_axes(mesh: Mesh) -> Mesh:
+    """The same devices under axes that the compiler lays out, which `jax.make_mesh` gives only when asked.
+
+    >>> auto_axes(jax.make_mesh((1,), ("rows",))).axis_types
+    (Auto,)
+    """
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 @jax.tree_util.register_dataclass

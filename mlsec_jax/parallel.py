@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlsec_jax import checks
+from mlsec_jax.base import auto_axes
 
 
 def mesh(devices: int | Sequence[jax.Device] | None = None, axis: str = "trials") -> Mesh:
@@ -38,7 +39,7 @@ def mesh(devices: int | Sequence[jax.Device] | None = None, axis: str = "trials"
     """
     if devices is None:
         devices = jax.devices()
-    elif isinstance(devices, int):
+    elif isinstance(devices, (int, np.integer)):
         checks.between("devices", devices, 1, jax.device_count())
         devices = jax.devices()[:devices]
     return Mesh(np.asarray(devices), (axis,))
@@ -78,7 +79,7 @@ def spread(
     _check_in_axes(in_axes)
 
     def mapped(*args):
-        devices = _mesh() if mesh is None else mesh
+        devices = _mesh() if mesh is None else auto_axes(mesh)
         axes = _one_each(in_axes, args)
         num_rows = _num_rows(axes, args)
         fill = -num_rows % devices.size
@@ -144,17 +145,21 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
             f"tree: expected a number of rows that {mesh.size} devices divide, got {num_rows} "
             "(reserve rows of weight 0)."
         )
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    return jax.device_put(tree, NamedSharding(auto_axes(mesh), PartitionSpec(mesh.axis_names)))
 
 
 def gather(tree: Any) -> Any:
     """NumPy copies on this host of arrays that may be spread over devices and processes (then every process calls it).
+
+    Typed keys, which NumPy has not, stay what they are, on one device.
 
     >>> gather(shard_batch(jnp.arange(4), mesh(1))).tolist()
     [0, 1, 2, 3]
     """
 
     def whole(leaf):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
         return np.asarray(leaf) if local else multihost_utils.process_allgather(leaf, tiled=True)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlsec_jax import parallel
+from mlsec_jax import models, parallel
 from mlsec_jax.base import Algorithm, Data, Known
 from mlsec_jax.drive import drive
 from mlsec_jax.parallel import chunked, gather, shard_batch, spread
@@ -82,6 +82,9 @@ def results():
     yield from {"train5": out, "grad": grad, "close_total": close_total, "close_grad": close_grad}.items()
     yield "train8", jax.jit(spread(train, in_axes=(0, 0, None)))(*rows(8), DATA)
     yield "close_vmap", jax.jit(spread(train, in_axes=(0, 0, None), inner="vmap"))(keys, options, DATA)
+    made = jax.make_mesh((jax.device_count(),), ("rows",))
+    assert gather(spread(lambda key: key)(keys)).is_fully_addressable
+    yield "made_mesh", jax.jit(spread(train, in_axes=(0, 0, None), mesh=made))(keys, options, DATA)
     yield "shard_batch", shard_batch(DATA, parallel.mesh(min(2, jax.device_count())))
 
 
@@ -156,6 +159,25 @@ def test_spread_is_a_loop(inner):
     loop = [train_one(keys[i], {"rate": options["rate"][i]}, DATA) for i in range(5)]
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *loop)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_a_mesh_of_jaxs_own_is_as_good():
+    """`jax.make_mesh` makes axes explicit unless told otherwise."""
+    made = jax.make_mesh((1,), ("rows",))
+    assert made.axis_types == (jax.sharding.AxisType.Explicit,)
+    x = jnp.arange(128.0).reshape(2, 8, 8, 1)
+    np.testing.assert_array_equal(spread(jnp.sin, mesh=made, inner="map")(x), spread(jnp.sin, inner="map")(x))
+    np.testing.assert_array_equal(models.max_pool(shard_batch(x, made)), models.max_pool(x))
+
+
+def test_devices_are_counted_in_numpys_integers_too():
+    assert parallel.mesh(np.int64(1)) == parallel.mesh(1)
+
+
+def test_gather_keeps_typed_keys():
+    keys, _ = rows(4)
+    got = gather({"keys": shard_batch(keys, parallel.mesh(1))})["keys"]
+    assert got.dtype == keys.dtype and bool(jnp.all(got == keys))
 
 
 def test_chunked_is_vmap():

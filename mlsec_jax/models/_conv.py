@@ -20,6 +20,7 @@ channels, a batch of both joins the groups. Hence no derivative and no `vmap` ev
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -52,7 +53,8 @@ def conv(
 
     out[n, p, q, o] = sum_{i, j, c} pad(x)[n, s p + d i, s q + d j, c] kernel[i, j, c, o]
 
-    Equal to `lax.conv_general_dilated` with labels ("NHWC", "HWIO", "NHWC"), derivatives of every order included.
+    Equal to `lax.conv_general_dilated` with labels ("NHWC", "HWIO", "NHWC"), derivatives of every order included. On CPU
+    few channels are computed in blocks of outputs, where a NaN or infinite pixel may reach neighbours that do not see it.
 
     Args:
       x: images `[n, h, w, c]`, floating.
@@ -107,12 +109,8 @@ def grouped_conv(
     inputs = tuple(extent(h, a) for h, a in zip(x.shape[2:4], input_dilation, strict=True))
     taps = tuple(extent(k, b) for k, b in zip(kernel.shape[1:3], kernel_dilation, strict=True))
     padding = _padding(padding, inputs, taps, stride)
-    axes = tuple(_varying(x) | _varying(kernel))  # inside shard_map: both operands vary over the same axes
-    if axes:
-        x, kernel = (_vary(v, tuple(a for a in axes if a not in _varying(v))) for v in (x, kernel))
     return conv_p.bind(
-        x,
-        kernel,
+        *vary_alike(x, kernel),
         stride=stride,
         padding=padding,
         input_dilation=input_dilation,
@@ -141,10 +139,18 @@ def _padding(
             return ((0, 0), (0, 0))
         totals = [max((-(-h // s) - 1) * s + k - h, 0) for h, k, s in zip(inputs, taps, stride, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
-    pairs = tuple((int(low), int(high)) for low, high in padding)
-    if len(pairs) != 2:
-        raise ValueError(f"padding: expected two pairs (height, width), got {padding!r}.")
-    return pairs
+    try:
+        top_bottom, left_right = ((operator.index(low), operator.index(high)) for low, high in padding)
+    except (TypeError, ValueError) as error:
+        expected = "'SAME', 'VALID' or integers ((top, bottom), (left, right))"
+        raise ValueError(f"padding: expected {expected}, got {padding!r}.") from error
+    return top_bottom, left_right
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays; inside `shard_map` all vary over the same axes, as a primitive's operands have to."""
+    axes = frozenset().union(*map(_varying, arrays))
+    return tuple(_vary(array, tuple(axes - _varying(array))) for array in arrays)
 
 
 def _varying(array: jax.Array) -> frozenset:

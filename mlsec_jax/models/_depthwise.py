@@ -24,6 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mlsec_jax import checks
+from mlsec_jax.models._conv import vary_alike
 
 _LABELS = ("NHWC", "HWIO", "NHWC")
 
@@ -60,7 +61,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     if not all(side % 2 for side in kernel.shape[:2]):
         raise ValueError(f"kernel: expected odd sides, got {kernel.shape[:2]}.")
     checks.count("stride", stride, 1)
-    out = depthwise_p.bind(x, kernel)
+    out = depthwise_p.bind(*vary_alike(x, kernel))
     if stride == 1:
         return out
     starts = []
@@ -104,16 +105,17 @@ def _run_correlate(x: jax.Array, y: jax.Array, *, taps: tuple[int, int]) -> jax.
 
 
 def _run_correlate_cpu(x: jax.Array, y: jax.Array, *, taps: tuple[int, int]) -> jax.Array:
-    """Image by image, the products of each tap summed up in an array of their own."""
+    """Image by image, the products of each tap summed up in an array of their own, of 32 bits at least."""
+    exact = y.dtype if y.dtype.itemsize > 2 else jnp.float32
 
     def add(totals: tuple, images: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
-        padded, image = images
+        padded, image = (leaf.astype(exact) for leaf in images)
         shifts = _shifts(padded, taps)
         return tuple(total + shifted * image for total, shifted in zip(totals, shifts, strict=True)), None
 
-    start = (jnp.zeros(y.shape[1:], y.dtype),) * math.prod(taps)
-    totals, _ = lax.scan(add, start, (_pad(x, taps), y))
-    return jnp.stack([jnp.sum(total, axis=(0, 1)) for total in totals]).reshape(*taps, -1)
+    zeros, _ = vary_alike(jnp.zeros(y.shape[1:], exact), y)
+    totals, _ = lax.scan(add, (zeros,) * math.prod(taps), (_pad(x, taps), y))
+    return jnp.stack([jnp.sum(total, axis=(0, 1)) for total in totals]).reshape(*taps, -1).astype(y.dtype)
 
 
 def _flip(kernel: jax.Array) -> jax.Array:

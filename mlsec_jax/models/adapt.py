@@ -119,7 +119,11 @@ def nnx_params(module: Any) -> Params:
 
 
 def haiku(
-    forward_fn: Callable[..., Any], *, flags_fn: FlagsFn | None = None, features_fn: Callable[..., Any] | None = None
+    forward_fn: Callable[..., Any],
+    *,
+    flags_fn: FlagsFn | None = None,
+    features_fn: Callable[..., Any] | None = None,
+    init_flags: dict[str, Any] | None = None,
 ) -> Model:
     """Adapts a Haiku function.
 
@@ -128,6 +132,8 @@ def haiku(
       flags_fn: `train -> flags`, such as `lambda train: {"dropout": train}`. Batch norm must be called with
         `is_training=False` in both cases: a call that changes the state raises.
       features_fn: like `forward_fn`, for the features, with modules of the same names. Without it `features` raises.
+      init_flags: the flags of `init`, whose default is `flags_fn(False)`. Batch norm wants `{"is_training": True}` here
+        and False from `flags_fn`, since Haiku creates its statistics, at zero, in training alone.
 
     Returns:
       A `Model`. A trained network's parameters are `{"params": params, "state": state}` of Haiku's own.
@@ -139,7 +145,7 @@ def haiku(
         functions[features_fn] = hk.transform_with_state(features_fn)
 
     def init(key: jax.Array, x: Any) -> Params:
-        params, state = functions[None].init(key, _example(x), **flags(False))
+        params, state = functions[None].init(key, _example(x), **(flags(False) if init_flags is None else init_flags))
         return {"params": params, "state": state}
 
     def call(params: Params, x: jax.Array, key: jax.Array | None, method: Any) -> Any:

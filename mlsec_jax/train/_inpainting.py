@@ -102,6 +102,7 @@ def pretrain_inpainter(
     """
     checks.count("recipe.num_epochs", recipe.num_epochs)
     checks.count("recipe.critic_steps", recipe.critic_steps, 1)
+    checks.count("recipe.batch_size", recipe.batch_size, 1)
     checks.count("clean.num_rows", clean.num_rows, recipe.batch_size)
     checks.between("recipe.share", recipe.share, 0, 1)
     num_steps = recipe.num_epochs * (clean.num_rows // recipe.batch_size)

@@ -51,7 +51,8 @@ def scratch(
     checks.count("num_rows", num_rows, batch_size)
     num_steps = num_epochs * (num_rows // batch_size)
     rate = optax.cosine_decay_schedule(learning_rate, max(num_steps, 1))
-    optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum or None))
+    inertia = None if isinstance(momentum, (int, float)) and momentum == 0 else momentum  # None spares the trace
+    optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, inertia))
     batching = loop.shuffled(batch_size)
     return bilevel.unrolled(loss_fn, optimizer, num_steps, remat=remat, batching=batching, trainable=trainable)
 

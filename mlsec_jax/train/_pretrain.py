@@ -8,8 +8,8 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlsec_jax import checks, loop, losses
-from mlsec_jax.base import Data, Info, Key, Params
+from mlsec_jax import checks, loop, losses, tree
+from mlsec_jax.base import Data, Info, Key, Params, auto_axes
 from mlsec_jax.train._augment import augment
 
 
@@ -21,7 +21,7 @@ class Recipe(NamedTuple):
       batch_size: rows a step.
       learning_rate: at the end of the warm-up.
       momentum: of Nesterov's kind.
-      weight_decay: added to the gradient of every leaf, as in PyTorch's SGD.
+      weight_decay: added to the gradient of every trained leaf, as in PyTorch's SGD.
       warmup: the fraction of the steps in which the learning rate rises.
       pad: the largest shift of the augmentation, in pixels.
       flip: whether it mirrors.
@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
 
 
 def pretrain(
-    key: Key, model: Any, train: Data, recipe: Recipe, *, mesh: Mesh | None = None
+    key: Key, model: Any, train: Data, recipe: Recipe, *, mesh: Mesh | None = None, trainable: tree.Where = None
 ) -> tuple[Params, Info]:
     """Trains a network from scratch on images, by a recipe.
 
@@ -52,6 +52,8 @@ def pretrain(
       recipe: the `Recipe`.
       mesh: spreads the rows of each batch over the devices of a mesh of one axis, whose number must divide
         `batch_size`; the data and parameters are copied to each. None: one device.
+      trainable: which leaves are trained; of an adapted network `models.adapt.trainable`, or the decay shrinks its frozen
+        statistics.
 
     Returns:
       `(params, info)`; info: `loss`, the mean training loss at the end, without augmentation and dropout.
@@ -65,13 +67,13 @@ def pretrain(
     loss_fn = losses.cross_entropy(model.apply)
     num_steps = recipe.num_epochs * (train.num_rows // recipe.batch_size)
     rising = int(recipe.warmup * num_steps)
-    rate = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, rising, max(num_steps, rising + 1))
-    sgd = optax.sgd(rate, recipe.momentum, nesterov=True)
+    share = optax.warmup_cosine_decay_schedule(0.0, 1.0, rising, max(num_steps, rising + 1))
+    sgd = optax.sgd(lambda step: recipe.learning_rate * share(step), recipe.momentum, nesterov=True)
     transform = augment(pad=recipe.pad, flip=recipe.flip)
 
     def during(key: Key, batch: Data) -> Data:
         if mesh is not None:
-            rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            rows = NamedSharding(auto_axes(mesh), PartitionSpec(mesh.axis_names))
             batch = jax.lax.with_sharding_constraint(batch, rows)
         return transform(key, batch)
 
@@ -79,7 +81,12 @@ def pretrain(
     params = model.init(init_key, train.x[:1])
     optimizer = optax.chain(optax.add_decayed_weights(recipe.weight_decay), sgd)
     plan = loop.sgd(
-        loss_fn, optimizer, num_steps, batching=loop.shuffled(recipe.batch_size), during=during if num_steps else None
+        loss_fn,
+        optimizer,
+        num_steps,
+        batching=loop.shuffled(recipe.batch_size),
+        during=during if num_steps else None,
+        trainable=trainable,
     )
     params = loop.run(plan, train_key, params, train)
     one = lambda row: loss_fn(params, jax.tree.map(lambda leaf: leaf[None], row))[0]

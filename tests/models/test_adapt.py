@@ -173,6 +173,20 @@ def test_haiku():
         moving.apply(moving.init(KEY, X), X)
 
 
+def test_haiku_creates_the_statistics_of_batch_norm_under_flags_of_init():
+    hk = pytest.importorskip("haiku")
+    forward = lambda x, is_training: hk.Linear(2)(hk.BatchNorm(True, True, 0.9)(x, is_training=is_training))
+    flags = {"flags_fn": lambda train: {"is_training": False}, "init_flags": {"is_training": True}}
+    model, native, x = adapt.haiku(forward, **flags), hk.transform_with_state(forward), jnp.asarray(X[:, 0, 0])
+    params = model.init(KEY, x)
+    _, state = native.apply(params["params"], params["state"], None, x, is_training=True)  # a step of Haiku's own
+    assert jax.tree.structure(state) == jax.tree.structure(params["state"])
+    trained = params | {"state": state}
+    expected, _ = native.apply(params["params"], state, None, x, is_training=False)
+    for key in (None, KEY):
+        np.testing.assert_allclose(model.apply(trained, x, key), expected, rtol=1e-6)
+
+
 def test_errors_name_what_is_missing(monkeypatch):
     model = adapt.linen(linen.Dense(2))
     params = model.init(KEY, (5,))

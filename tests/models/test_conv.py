@@ -145,6 +145,10 @@ def test_eager_equals_jit_and_the_second_call_does_not_retrace():
         (dict(x=jnp.zeros((2, 5, 5, 2)), kernel=jnp.zeros((3, 3, 2, 4)), stride=0), "stride: expected an integer"),
         (dict(x=jnp.zeros((2, 5, 5, 2)), kernel=jnp.zeros((3, 3, 2, 4)), padding="same"), "padding: expected one of"),
         (dict(x=jnp.zeros((2, 5, 5, 2)), kernel=jnp.zeros((3, 3, 2, 4)), batch_rule="scan"), "batch_rule: expected"),
+        *(
+            (dict(x=jnp.zeros((2, 5, 5, 2)), kernel=jnp.zeros((3, 3, 2, 4)), padding=padding), "integers .*top, bottom")
+            for padding in (1, (1, 1), ((1.7, 0), (0, 0)), ((1, 1),), ((1, 1), (1,)))
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -167,7 +171,7 @@ def test_shardings_of_the_batch_and_shard_map(stride):
     code = """
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-        from mlsec_jax.models import conv
+        from mlsec_jax.models import conv, depthwise
         x = jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
         kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 20))
         grads = jax.grad(lambda x, k: jnp.sum(jnp.sin(conv(x, k, stride=STRIDE))), (0, 1))
@@ -182,12 +186,14 @@ def test_shardings_of_the_batch_and_shard_map(stride):
             for a, b in zip(found, expected):
                 np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4)
         mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
-        for check in (True, False):
-            f = jax.shard_map(lambda x, k: conv(x, k, stride=STRIDE), mesh=mesh, in_specs=(P("rows"), P()),
-                              out_specs=P("rows"), check_vma=check)
-            found = jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(f(x, k))), (0, 1)))(x, kernel)
-            for a, b in zip(found, expected):
-                np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4)
+        for layer, k in ((conv, kernel), (depthwise, kernel[..., 0])):
+            run = lambda x, k: layer(x, k, stride=STRIDE)
+            slope = lambda f: jax.grad(lambda x, k: jnp.sum(jnp.sin(f(x, k))), (0, 1))
+            expected = jax.jit(slope(run))(x, k)
+            for check in (True, False):
+                f = jax.shard_map(run, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows"), check_vma=check)
+                for a, b in zip(jax.jit(slope(f))(x, k), expected):
+                    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4)
     """
     root = Path(__file__).parents[2]
     environment = os.environ | {

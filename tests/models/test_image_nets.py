@@ -183,6 +183,18 @@ def test_depthwise_is_xlas_grouped_convolution_in_every_order(taps, stride, shap
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10, err_msg=order)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_depthwise_sums_halves_over_many_images_as_exactly_as_xla(dtype):
+    x, y = (jax.random.uniform(key, (512, 8, 8, 4)).astype(dtype) for key in jax.random.split(KEY))
+    theirs = lambda x, k: lax.conv_general_dilated(
+        x, k[:, :, None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
+    )
+    slope = lambda f, x, y: jax.vjp(lambda k: f(x, k), jnp.ones((3, 3, 4), x.dtype))[1](y)[0].astype(jnp.float32)
+    exact = slope(theirs, x.astype(jnp.float32), y.astype(jnp.float32))
+    error = lambda f: float(jnp.linalg.norm(slope(f, x, y) - exact) / jnp.linalg.norm(exact))
+    assert error(models.depthwise) <= 2 * error(theirs), (error(models.depthwise), error(theirs))
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_depthwise_lowers_for_accelerators_to_the_same_values(platform):
     x, k = jnp.ones((2, 5, 6, 3)), jnp.ones((3, 3, 3))

@@ -99,6 +99,8 @@ def test_bad_input_is_named():
     clean = mj.dataset(jnp.ones((4, 8, 8, 1)), jnp.zeros(4, jnp.int32))
     with pytest.raises(ValueError, match=r"clean\.num_rows"):
         train.pretrain_inpainter(KEY, models.inpainter(), clean, train.InpaintingRecipe())
+    with pytest.raises(ValueError, match=r"recipe\.batch_size: expected an integer of at least 1, got 0"):
+        train.pretrain_inpainter(KEY, models.inpainter(), clean, train.InpaintingRecipe(batch_size=0))
     with pytest.raises(ValueError, match="high: expected holes that fit"):
         train.random_holes(KEY, 1, (8, 8))
     with pytest.raises(ValueError, match="multiple of 4"):

@@ -69,6 +69,21 @@ def test_scratch_learns_and_counts_its_steps():
         train.scratch(problem.loss_fn, num_epochs=1, batch_size=20, num_rows=14)
 
 
+def test_scratch_takes_its_rates_as_operands():
+    problem = problems.make()
+
+    def fit(learning_rate, momentum, weight_decay):
+        rates = dict(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
+        return train.scratch(problem.loss_fn, num_epochs=3, batch_size=7, num_rows=14, **rates)(
+            KEY, problem.params, problem.train
+        )[0]
+
+    rates = (jnp.array([0.1, 0.5, 0.2]), jnp.array([0.9, 0.0, 0.5]), jnp.array([5e-4, 0.1, 0.0]))
+    found = jax.jit(jax.vmap(fit))(*rates)
+    for i, each in enumerate(zip(*(rate.tolist() for rate in rates))):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), found, fit(*each))
+
+
 def test_a_start_is_drawn_from_the_key():
     def noisy(shift):
         fit = lambda key, start, data: (start + jax.random.normal(key) + shift(key, data).x.sum(), {})

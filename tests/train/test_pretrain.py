@@ -6,6 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import optax
 import pytest
 
 import mlsec_jax as mj
-from mlsec_jax import combine, losses, models, train
+from mlsec_jax import combine, losses, models, parallel, train
 
 KEY = jax.random.key(0)
 MODEL = models.convnet(width=4, sizes=(1, 2), pooled=(0, 1), num_classes=2, groups=2, block_dropout=0.1)
@@ -121,14 +122,47 @@ def test_the_augmentation_composes_into_any_trainer():
     assert jnp.any(goal(data.x) != 0)
 
 
+def test_the_recipes_rates_are_operands():
+    data, net = stripes(16), models.softmax_regression(num_classes=2)
+
+    def fit(*rates):
+        fields = dict(zip(("learning_rate", "momentum", "weight_decay"), rates))
+        return train.pretrain(KEY, net, data, RECIPE._replace(**fields))[0]
+
+    rates = (jnp.array([0.1, 0.0]), jnp.array([0.9, 0.5]), jnp.array([0.1, 0.0]))
+    found = jax.jit(jax.vmap(fit))(*rates)
+    for i, each in enumerate(zip(*(rate.tolist() for rate in rates))):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), found, fit(*each))
+
+
+def test_the_frozen_statistics_of_an_adapted_network_stay_what_they_are():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(2)(linen.BatchNorm(use_running_average=True)(x.reshape(x.shape[0], -1)))
+
+    data, net = stripes(16), models.adapt.linen(Net())
+    start = net.init(jax.random.split(KEY)[0], data.x[:1])
+    params, _ = train.pretrain(KEY, net, data, RECIPE, trainable=models.adapt.trainable)
+    jax.tree.map(np.testing.assert_array_equal, params["state"], start["state"])
+    assert not np.allclose(params["params"]["Dense_0"]["kernel"], start["params"]["Dense_0"]["kernel"])
+
+
+@pytest.mark.parametrize("mesh", [parallel.mesh(1), jax.make_mesh((1,), ("rows",))], ids=["ours", "jax's"])
+def test_a_mesh_of_one_device_changes_nothing(mesh):
+    data, net = stripes(16), models.softmax_regression(num_classes=2)
+    fit = lambda mesh: train.pretrain(KEY, net, data, RECIPE._replace(num_epochs=1), mesh=mesh)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), fit(mesh), fit(None))
+
+
 @pytest.mark.slow
 def test_rows_of_a_batch_spread_over_two_devices():
     code = """
         import jax, jax.numpy as jnp, numpy as np
-        from mlsec_jax import parallel, train
+        from mlsec_jax import train
         from tests.train.test_pretrain import KEY, MODEL, RECIPE, stripes
         data, short = stripes(32), RECIPE._replace(num_epochs=1)
-        mesh = parallel.mesh(2)
+        mesh = jax.make_mesh((2,), ("rows",))
         one, _ = jax.jit(lambda key, data: train.pretrain(key, MODEL, data, short))(KEY, data)
         two = jax.jit(lambda key, data: train.pretrain(key, MODEL, data, short, mesh=mesh)).lower(KEY, data).compile()
         assert "all-reduce" in two.as_text()
