@@ -67,7 +67,8 @@ def drive(
       ValueError: before computing, what `algorithm.init` says of bad data.
       OSError: before computing, if the folder cannot be written.
       ValueError: before computing, if the folder holds a checkpoint of another run (name, key, subject, known, the
-        state's structure or, when `exact`, the program) or one past `num_steps`. No checkpoint is touched.
+        state's structure or, when `exact`, the program), one past `num_steps` or one that cannot be read. No checkpoint
+        is touched.
 
     >>> import jax.numpy as jnp
     >>> from mlsec_jax.base import Known
