@@ -244,5 +244,6 @@ def _fingerprint(name: str, key: Key, plan: _Plan, subject: Any, known: Any) -> 
 
 
 def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[figures]}"), disable=not shown)
+    text = functools.partial(TextColumn, markup=False)  # a run may be called "a [b]"
+    columns = (text("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, text("{task.fields[figures]}"), disable=not shown)

@@ -186,8 +186,8 @@ def test_bad_counts():
 def test_the_bar_is_drawn_on_demand_only(capsys):
     drive(noisy_descent(), jax.random.key(0), SUBJECT, KNOWN, num_steps=3)
     assert capsys.readouterr() == ("", "")
-    drive(noisy_descent(), jax.random.key(0), SUBJECT, KNOWN, num_steps=3, progress=True, name="mine")
-    assert re.search(r"mine .* 3/3", capsys.readouterr().out)
+    drive(noisy_descent(), jax.random.key(0), SUBJECT, KNOWN, num_steps=3, progress=True, name="mine [/b]")
+    assert re.search(r"mine \[/b\] .* 3/3", capsys.readouterr().out)
 
 
 def newest(folder):
