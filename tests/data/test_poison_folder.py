@@ -1,5 +1,6 @@
 """Folders of poisons: what is written is read, what could run code is refused, a budget survives rounding."""
 
+import json
 import os
 import pickle
 
@@ -141,6 +142,28 @@ def test_published_setups_agree_with_the_labels():
     for setup in setups:
         assert (labels[setup.base_indices] == setup.base_class).all()
         assert labels_test[setup.target_index] == setup.target_class
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b'{"setups": [{"target_cl',
+        b"[]",
+        b'{"setups": 3}',
+        b'{"setups": [{"target_class": 1, "target_index": 2, "base_class": 3}]}',
+        b'{"setups": [{"target_class": 1, "target_index": 2, "base_class": 3, "base_indices": ["a"]}]}',
+    ],
+)
+def test_damaged_setups_are_named(tmp_path, content):
+    path = tmp_path / "poisoning_benchmark_cifar10_from_scratch.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"set-ups: expected {path} to hold"):
+        data.poison_setups("from_scratch", data_dir=tmp_path)
+    whole = {"target_class": 1, "target_index": 2, "base_class": 3, "base_indices": [4, 5]}
+    path.write_text(json.dumps({"setups": [whole]}))
+    assert data.poison_setups("from_scratch", data_dir=tmp_path)[0].base_indices.tolist() == [4, 5]
 
 
 def test_missing_setups_say_what_they_are(tmp_path):
