@@ -60,11 +60,11 @@ def poison_setups(kind: str, *, data_dir: str | os.PathLike | None = None) -> li
 
 def _setup(entry: dict[str, Any]) -> PoisonSetup:
     """The set-up, if its numbers are whole ones."""
-    numbers = [entry[name] for name in ("target_index", "target_class", "base_class")]
+    target_index, target_class, base_class = numbers = [entry[name] for name in ("target_index", "target_class", "base_class")]
     indices = np.asarray(entry["base_indices"])
     if indices.ndim != 1 or indices.dtype.kind != "i" or not all(isinstance(number, int) for number in numbers):
         raise ValueError(f"expected whole numbers, got {numbers} and bases of {indices.dtype}{list(indices.shape)}")
-    return PoisonSetup(*numbers, indices)
+    return PoisonSetup(target_index, target_class, base_class, indices)
 
 
 def fine_tuning_rows(labels: np.ndarray, setup: PoisonSetup, *, num_rows: int = 2500) -> np.ndarray:
