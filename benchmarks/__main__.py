@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
     raise SystemExit("error: the benchmarks need more packages: pip install 'mlsec_jax[bench]'") from error
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks import STARTED, _machine, _record, _report
 
@@ -40,9 +40,9 @@ def _usage_errors() -> Iterator[None]:
 @app.command("list")
 def list_benchmarks() -> None:
     """Name every benchmark and what it shows."""
-    table = Table("benchmark", "shows", box=None)
+    table = Table(Column("benchmark", overflow="fold"), "shows", box=None)
     for name, summary in _record.summaries().items():
-        table.add_row(name, summary)
+        table.add_row(escape(name), escape(summary))
     Console().print(table)
 
 
@@ -73,7 +73,8 @@ def run(
             _record.check_bfloat16(names)
         started: float | None = STARTED
         for name in names:
-            Console(stderr=True).print(f"{name} ({size}, seed {seed}) on {card}", highlight=False, soft_wrap=True)
+            said = f"{name} ({size}, seed {seed}) on {card}"
+            Console(stderr=True).print(said, highlight=False, soft_wrap=True, markup=False)
             record = _run.run(name, size=str(size), seed=seed, out=out, device=card, started=started, bfloat16=bf16)
             started = None
             show(record, Console())
@@ -87,23 +88,23 @@ def report(out: Out = Path("runs")) -> None:
         _record.writable(out)
         page = _report.page(records, out)
         _record.replace_file(out / "report.html", page.encode())
-        Console().print(str(out / "report.html"), soft_wrap=True, highlight=False)
+        Console().print(str(out / "report.html"), soft_wrap=True, highlight=False, markup=False)
 
 
 def show(record: dict[str, Any], console: Console) -> None:
     """Prints a record's figures beside the paper's."""
     title = f"{record['benchmark']} · {record['size']} · seed {record['seed']} · {record['seconds']:.1f} s"
-    table = Table("figure", title=title, title_justify="left")
+    table = Table(Column("figure", overflow="fold"), title=escape(title), title_justify="left")
     table.add_column("paper", justify="right")
     table.add_column("ours", justify="right")
     table.add_column("source")
     for key, value in record["figures"].items():
         published = record["paper"].get(key)
         theirs, source = (_report.number(published["value"]), published["source"]) if published else ("", "")
-        table.add_row(key, theirs, _report.number(value), source)
+        table.add_row(key, theirs, _report.number(value), escape(source))
     console.print(table)
     for reduction in record["reductions"]:
-        console.print(f"reduced: {reduction}", highlight=False)
+        console.print(f"reduced: {reduction}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

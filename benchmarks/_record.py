@@ -198,6 +198,8 @@ def _read(path: Path) -> dict[str, Any]:
         for key, kind in KINDS.items():
             if not isinstance(record[key], kind) or isinstance(record[key], bool):
                 raise ValueError(f"{key}: expected {kind.__name__}, got {record[key]!r}")
+        if not re.fullmatch(r"[\w-]+", record["benchmark"]):
+            raise ValueError(f"benchmark: expected letters, digits, underscores and dashes, got {record['benchmark']!r}")
         if not all(isinstance(text, str) for text in record["versions"].values()):
             raise ValueError(f"versions: expected strings, got {record['versions']!r}")
         published = record["paper"].items()

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from benchmarks import _machine, _record
@@ -53,12 +54,12 @@ class Context:
 
     def log(self, message: str) -> None:
         """Says something to the person who waits."""
-        self._console.print(message, highlight=False)
+        self._console.print(message, highlight=False, markup=False)
 
     def progress(self, items: Iterable, label: str) -> Iterator:
         """The items, with a progress bar on a terminal."""
         quiet = not self._console.is_terminal
-        yield from track(items, description=f"{self.name}: {label}", console=self._console, disable=quiet)
+        yield from track(items, description=escape(f"{self.name}: {label}"), console=self._console, disable=quiet)
 
     def once(self, item: str, fn: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Computes an item unless an interrupted run of the same size, seed, code, device and data has finished it.

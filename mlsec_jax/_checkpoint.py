@@ -9,12 +9,13 @@ infos from step 0 up to it are complete. Each stretch is written once: the time 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ def describe(prefix: str, tree: Any, content: bool = False) -> dict[str, str]:
     return entries
 
 
+@contextlib.contextmanager
+def _readable(path: Path, doomed: str = "it") -> Iterator[None]:
+    """One error for all that reading a damaged file can raise, among it orbax's bare `Exception`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint_dir: expected a checkpoint that can be read, got a {type(error).__name__} from {path}. If it is "
+            f"damaged, delete {doomed}: the run then goes on from the newest checkpoint left, or from the start, and "
+            "ends with the same bits."
+        ) from error
+
+
 class Store:
     """The checkpoints of one run, in one folder.
 
@@ -81,7 +95,9 @@ class Store:
         step = manager.latest_step()
         if step is None:
             return
-        there = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run["fingerprint"]
+        with _readable(self._state / str(step)):
+            run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+            there = dict(run["fingerprint"])
         here = self._fingerprint
         aspects = [name for name in here | there if there.get(name) != here.get(name) and name not in free]
         if not aspects:
@@ -116,12 +132,14 @@ class Store:
         filled = {str(i): leaf for i, leaf in enumerate(state) if leaf.size}
         leaves: dict[str, jax.Array] = {}
         if filled:
-            leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(filled))).state
+            with _readable(self._state / str(step)):
+                leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(filled))).state
         empty = {str(i): np.zeros(leaf.shape, leaf.dtype) for i, leaf in enumerate(state) if not leaf.size}
         leaves |= {i: jax.device_put(zeros, state[int(i)].sharding) for i, zeros in empty.items()}
         stretches, at = [], 0
         while at < step:
-            with np.load(self._infos / f"{at:010d}.npz") as file:
+            path = self._infos / f"{at:010d}.npz"
+            with _readable(path, f"every step after {at} in {self._state}"), open(path, "rb") as npz, np.load(npz) as file:
                 stop = int(file["stop"])
                 stretches.append(
                     [file[str(i)].view(a.dtype).reshape((stop - at, *a.shape)) for i, a in enumerate(info)]

@@ -67,7 +67,8 @@ def drive(
       ValueError: before computing, what `algorithm.init` says of bad data.
       OSError: before computing, if the folder cannot be written.
       ValueError: before computing, if the folder holds a checkpoint of another run (name, key, subject, known, the
-        state's structure or, when `exact`, the program) or one past `num_steps`. No checkpoint is touched.
+        state's structure or, when `exact`, the program), one past `num_steps` or one that cannot be read. No checkpoint
+        is touched.
 
     >>> import jax.numpy as jnp
     >>> from mlsec_jax.base import Known
@@ -243,5 +244,6 @@ def _fingerprint(name: str, key: Key, plan: _Plan, subject: Any, known: Any) -> 
 
 
 def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[figures]}"), disable=not shown)
+    text = functools.partial(TextColumn, markup=False)  # a run may be called "a [b]"
+    columns = (text("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, text("{task.fields[figures]}"), disable=not shown)

@@ -77,7 +77,7 @@ def poisson(rate: float, capacity: int) -> Batching:
 
 def take_batch(data: Data, rows: jax.Array, mask: jax.Array) -> Data:
     """The rows of one step, their weights multiplied by the mask."""
-    batch = tree.take(data, rows)
+    batch = tree.take(jax.tree.map(jnp.asarray, data), rows)
     return batch._replace(weight=batch.weight * mask.astype(batch.weight.dtype))
 
 

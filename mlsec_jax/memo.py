@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +36,7 @@ def memo(
     Returns:
       A function of the same arguments. A folder appears under its final name only when it is complete, so a process
       killed while it writes leaves nothing that could be taken for a result, and several may race. A cache that
-      cannot be written costs time, not the result: it warns.
+      cannot be written, or was damaged since, costs time, not the result: it warns.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -60,20 +61,26 @@ def memo(
             raise ValueError("fn: expected a function that returns plain arrays; take jax.random.key_data of its keys.")
         lowered = traced.lower()
         folder = cache_root(cache_dir).absolute() / "memo" / f"{name}-{_digest(lowered.as_text(), args)}"
-        if not folder.is_dir():
-            result = lowered.compile()(*args)
+        read = lambda: jax.tree.unflatten(structure, _checkpoint.load_leaves(folder, leaves))
+        if folder.is_dir():
             try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                _checkpoint.save_leaves(folder, jax.tree.leaves(result))
-            except OSError as error:
-                warnings.warn(
-                    f"the cache cannot be written, so the next call will be as slow as this one: {error}. "
-                    "Pass cache_dir=, or set MLSEC_JAX_CACHE, to a folder that can.",
-                    stacklevel=2,
-                )
-                return result
-        # A first call reads too, so that every call gives the same arrays in the same place.
-        return jax.tree.unflatten(structure, _checkpoint.load_leaves(folder, leaves))
+                return read()
+            except Exception as error:  # orbax raises this very class where a file's content is amiss
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"{folder} is damaged, and what it held is made again: {reason}.", stacklevel=2)
+                shutil.rmtree(folder, ignore_errors=True)
+        result = lowered.compile()(*args)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _checkpoint.save_leaves(folder, jax.tree.leaves(result))
+        except OSError as error:
+            warnings.warn(
+                f"the cache cannot be written, so the next call will be as slow as this one: {error}. "
+                "Pass cache_dir=, or set MLSEC_JAX_CACHE, to a folder that can.",
+                stacklevel=2,
+            )
+            return result
+        return read()  # a first call reads too, so that every call gives the same arrays in the same place
 
     return kept
 

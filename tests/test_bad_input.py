@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import mlsec_jax as mj
-from mlsec_jax import attacks, bilevel, checks, combine, losses, measure, scores, threat
+from mlsec_jax import attacks, bilevel, checks, combine, loop, losses, measure, scores, threat
 from mlsec_jax.drive import drive
 from tests import oracles, problems
 
@@ -183,3 +184,22 @@ def test_a_poison_without_effect_is_seen_though_its_threat_names_no_rows():
     _, infos = combine.run(attack(problem, mute), KEY, problem.train, problem.known, num_steps=1)
     with pytest.raises(ValueError, match="no poison row had a gradient"):
         attacks.require_alive(infos)
+
+
+def test_data_made_of_numpy_arrays_work_without_jit():
+    problem = problems.make()
+    soft = problem.train._replace(y=losses.soft_labels(problem.train.y, 3, problem.train.x.dtype))
+    as_numpy = lambda data: jax.tree.map(np.asarray, data)
+    threats = [threat.append_rows(problem.reserved), threat.perturb_rows(2, radius=0.1), threat.reweigh(2, radius=0.1)]
+    for reach, data in [(each, problem.train) for each in threats] + [(threat.flip_labels(2, budget=1.0), soft)]:
+        embedded = lambda rows, reach=reach: reach.embed(reach.project(reach.init(KEY, rows), rows), rows)
+        jax.tree.map(np.testing.assert_array_equal, embedded(as_numpy(data)), embedded(data))
+    shuffled = dict(batching=loop.shuffled(4))
+    for trainer in (
+        bilevel.unrolled(problem.loss_fn, optax.sgd(0.5), 2, **shuffled),
+        bilevel.forward(problem.loss_fn, optax.sgd(0.5), 2, rows=2, **shuffled),
+    ):
+        told = lambda data, trainer=trainer: bilevel.diagnose(
+            trainer, KEY, problem.params, data, outer=losses.goal_loss(problem.loss_fn), goal=problem.train, rows=2
+        )
+        jax.tree.map(np.testing.assert_array_equal, told(as_numpy(problem.train)), told(problem.train))

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,25 @@ def test_a_checkpoint_of_another_run_is_refused_and_untouched(tmp_path):
     assert bits(infos["value"][:4]) == bits(drive(**mine)[1]["value"])
 
 
+@pytest.mark.parametrize(
+    "file, doomed",
+    [("state/9/run/metadata", "9"), ("state/9/state/manifest.ocdbt", "9"), ("infos/0000000006.npz", "8 9")],
+)
+def test_a_damaged_checkpoint_is_named_and_the_remedy_ends_with_the_same_bits(tmp_path, file, doomed):
+    run = lambda steps: drive(
+        noisy_descent(), jax.random.key(3), SUBJECT, KNOWN, num_steps=steps, chunk=2, checkpoint_dir=tmp_path, save_seconds=0
+    )
+    run(9)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:40])
+    damaged = file if file.startswith("infos") else "state/9"
+    after = f"every step after 6 in {tmp_path / 'state'}" if file.startswith("infos") else "it"
+    with pytest.raises(ValueError, match=f"checkpoint_dir: .* from {tmp_path / damaged}.*delete {after}: .*same bits"):
+        run(11)
+    for step in doomed.split():
+        shutil.rmtree(tmp_path / "state" / step)
+    assert bits(run(11)) == bits(drive(noisy_descent(), jax.random.key(3), SUBJECT, KNOWN, num_steps=11))
+
+
 @pytest.mark.parametrize("folder", ["file/below", "/proc/mlsec_jax"])
 def test_an_unwritable_folder_is_refused_before_computing(tmp_path, folder):
     (tmp_path / "file").write_text("")
@@ -166,8 +186,8 @@ def test_bad_counts():
 def test_the_bar_is_drawn_on_demand_only(capsys):
     drive(noisy_descent(), jax.random.key(0), SUBJECT, KNOWN, num_steps=3)
     assert capsys.readouterr() == ("", "")
-    drive(noisy_descent(), jax.random.key(0), SUBJECT, KNOWN, num_steps=3, progress=True, name="mine")
-    assert re.search(r"mine .* 3/3", capsys.readouterr().out)
+    drive(noisy_descent(), jax.random.key(0), SUBJECT, KNOWN, num_steps=3, progress=True, name="mine [/b]")
+    assert re.search(r"mine \[/b\] .* 3/3", capsys.readouterr().out)
 
 
 def newest(folder):

@@ -1,6 +1,9 @@
 """The house of docs/design.md: imports point strictly down a list, and a few words are said in one place only."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,20 @@ def test_imports_point_down(path):
 def test_every_module_has_its_place():
     rooms = {room_of(path) for path in FILES} - {"__init__"}
     assert rooms == set(LEVEL) | ANNEX
+
+
+def test_the_package_alone_imports_a_room_when_it_is_named():
+    code = """if True:
+        import sys, mlsec_jax as mj
+        assert [name for name in sys.modules if name.startswith("mlsec_jax.")] == ["mlsec_jax.base"]
+        assert callable(mj.attacks.bilevel) and callable(mj.dataset) and mj.memo is sys.modules["mlsec_jax.memo"]
+        assert not hasattr(mj, "privacy") and not hasattr(mj, "_nothing")
+        from mlsec_jax import *
+        print(*dir(mj))
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    assert {room_of(path) for path in FILES} - {"__init__", "_checkpoint"} <= set(out.split())
 
 
 @every_file

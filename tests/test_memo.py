@@ -106,6 +106,19 @@ def test_a_cache_that_cannot_be_written_warns_and_gives_the_result(tmp_path):
         np.testing.assert_array_equal(memo(lambda x: 2 * x, cache_dir=blocked)(X), 2 * X)
 
 
+@pytest.mark.parametrize("file", ["manifest.ocdbt", "_METADATA"])
+def test_a_damaged_result_is_made_again(tmp_path, folders, file):
+    twice = memo(lambda x: 2 * x, cache_dir=tmp_path)
+    first = twice(X)
+    (folder,) = (tmp_path / "memo").iterdir()
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=f"{folder} is damaged, and what it held is made again"):
+        same(first, twice(X))
+    same(first, twice(X))  # in silence
+    assert folders() == 1
+
+
 def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="name: expected letters"):
         memo(lambda x: x, name="../up")

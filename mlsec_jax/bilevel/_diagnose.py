@@ -49,6 +49,7 @@ def diagnose(
     train_key, direction_key = jax.random.split(key)
     chosen = checks.rows("rows", rows)
     checks.rows_within("rows", chosen, data.num_rows)
+    data = jax.tree.map(jnp.asarray, data)
     start = tree.take(data.x, chosen)
     probe = trainer.probe if isinstance(trainer, Trainer) else (lambda *args: {})
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+
+# What reading a damaged npz can raise; a RuntimeError where a flipped bit asks for a password or a newer zip.
+DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError)
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -76,12 +80,12 @@ def read_npz(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray] | N
     if not zipfile.is_zipfile(path):
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = dict(file)
         missing = [name for name in names if name not in arrays]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+    except DAMAGED as error:
         warnings.warn(f"{path} is damaged, and what it held is made again: {error}.", stacklevel=3)
         return None
     return arrays

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,6 @@ _ALLOWED = {
     ("PIL.Image", "Image"),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"),
     ("_codecs", "encode"),
@@ -56,6 +55,12 @@ class _Restricted(pickle.Unpickler):
     """Builds images, arrays and plain containers; any other name in the stream is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core.", "numpy._core.")
+        if (module, name) == ("PIL.PngImagePlugin", "PngImageFile"):
+            return Image.Image  # it takes the same state, and opens no file
+        if (module, name) == ("numpy._core.numeric", "_frombuffer"):
+            from_buffer = super().find_class(module, name)
+            return lambda *args: from_buffer(*args)  # a stream may set attributes of what it is given: not of NumPy's own
         if (module, name) not in _ALLOWED:
             raise ValueError(f"{module}.{name}: expected images and arrays only in a folder of poisons: refused.")
         return super().find_class(module, name)
@@ -69,23 +74,51 @@ def read_poisons(folder: str | os.PathLike) -> PoisonFolder:
 
     Raises:
       FileNotFoundError: one of the three is missing.
-      ValueError: a pickle names anything but images and arrays, or the parts do not belong together.
+      ValueError: a file is no such pickle or names anything but images and arrays, or the parts do not belong together.
     """
-    loaded = {}
-    for name in ("poisons", "base_indices", "target"):
-        path = Path(folder) / f"{name}.pickle"
-        if not path.is_file():
-            raise FileNotFoundError(f"folder: expected {path}, one of the three files of a folder of poisons.")
-        loaded[name] = _Restricted(io.BytesIO(path.read_bytes())).load()
-    poisons, target = loaded["poisons"], loaded["target"]
-    indices = np.asarray(loaded["base_indices"]).astype(np.int64)
-    if len(poisons) != len(indices):
-        raise ValueError(f"folder: expected a base for each of {len(poisons)} poisons, got {len(indices)}.")
-    x = np.stack([np.asarray(image.convert("RGB")) for image, _ in poisons])
-    y = np.asarray([label for _, label in poisons], np.int32)
-    image, label, *trigger = target
-    patch, corner = (np.asarray(trigger[0]), (int(trigger[1][0]), int(trigger[1][1]))) if trigger else (None, None)
-    return PoisonFolder(x, y, indices, np.asarray(image.convert("RGB")), int(label), patch, corner)
+    folder = Path(folder)
+    x, y = _read(folder / "poisons.pickle", _poisons)
+    indices = _read(folder / "base_indices.pickle", _indices)
+    target = _read(folder / "target.pickle", _target)
+    if len(x) != len(indices):
+        raise ValueError(f"folder: expected a base for each of {len(x)} poisons, got {len(indices)}.")
+    return PoisonFolder(x, y, indices, *target)
+
+
+def _read(path: Path, parse: Callable[[Any], Any]) -> Any:
+    """What the file holds, parsed; one error for all that a damaged pickle, or one of something else, can raise."""
+    if not path.is_file():
+        raise FileNotFoundError(f"folder: expected {path}, one of the three files of a folder of poisons.")
+    content = path.read_bytes()
+    try:
+        return parse(_Restricted(io.BytesIO(content)).load())
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
+        raise ValueError(f"folder: expected {path} as the published benchmark writes it, got another file ({reason}).") from error
+
+
+def _poisons(content: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The images and the labels."""
+    images, labels = zip(*[(np.asarray(image.convert("RGB")), int(label)) for image, label in content])
+    return np.stack(images), np.asarray(labels, np.int32)
+
+
+def _indices(content: Any) -> np.ndarray:
+    """The rows."""
+    indices = np.asarray(content).astype(np.int64)
+    if indices.ndim != 1:
+        raise ValueError(f"expected a list of rows, got shape {indices.shape}")
+    return indices
+
+
+def _target(content: Any) -> tuple[Any, ...]:
+    """The image, its label, and the patch with its corner where there is one."""
+    image, label, *trigger = content
+    x = np.asarray(image.convert("RGB"))
+    if not trigger:
+        return x, int(label)
+    patch, (left, top) = trigger
+    return x, int(label), np.asarray(patch), (int(left), int(top))
 
 
 def write_poisons(folder: str | os.PathLike, poisons: PoisonFolder) -> None:
@@ -93,13 +126,14 @@ def write_poisons(folder: str | os.PathLike, poisons: PoisonFolder) -> None:
 
     Args:
       folder: made if it is not there.
-      poisons: floats in [0, 1] are rounded to the nearest of 256 levels, bytes are kept.
+      poisons: floats in [0, 1] are rounded to the nearest of 256 levels, bytes are kept. Grey images, with one channel
+        or no axis for it, are read back as RGB.
     """
     if len(poisons.x) != len(poisons.y) or len(poisons.x) != len(poisons.base_indices):
         sizes = [len(poisons.x), len(poisons.y), len(poisons.base_indices)]
         raise ValueError(f"poisons: expected as many images as labels and bases, got {sizes}.")
-    images = [Image.fromarray(to_bytes(x)) for x in poisons.x]
-    target: tuple = (Image.fromarray(to_bytes(poisons.target_x)), int(poisons.target_y))
+    images = [_image(x) for x in poisons.x]
+    target: tuple = (_image(poisons.target_x), int(poisons.target_y))
     if poisons.patch is not None and poisons.corner is not None:
         target += (np.asarray(poisons.patch), list(poisons.corner))
     contents = {
@@ -110,6 +144,12 @@ def write_poisons(folder: str | os.PathLike, poisons: PoisonFolder) -> None:
     for name, content in contents.items():
         with replacing(Path(folder) / f"{name}.pickle") as file:
             pickle.dump(content, file, protocol=4)
+
+
+def _image(x: Any) -> Image.Image:
+    """PIL's image, which has no axis for a single channel."""
+    pixels = to_bytes(x)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
 
 def to_bytes(x: Any) -> np.ndarray:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlsec_jax import checks
 from mlsec_jax.data._folders import tables_root
+
+_HOLDS = '{"setups": [{"target_class", "target_index", "base_class", "base_indices"}, ...]}'
 
 
 class PoisonSetup(NamedTuple):
@@ -37,6 +39,7 @@ def poison_setups(kind: str, *, data_dir: str | os.PathLike | None = None) -> li
 
     Raises:
       FileNotFoundError: the folder or the file is missing; the message says what it has to hold.
+      ValueError: the file is damaged, or lacks a part.
     """
     checks.one_of("kind", kind, ("transfer_learning", "from_scratch"))
     root = tables_root(data_dir)
@@ -44,14 +47,24 @@ def poison_setups(kind: str, *, data_dir: str | os.PathLike | None = None) -> li
     path = root / name if root else None
     if path is None or not path.is_file():
         raise FileNotFoundError(
-            f"set-ups: expected {name} in the folder that MLSEC_JAX_DATA or data_dir names, got {path}. It holds "
-            '{"setups": [{"target_class", "target_index", "base_class", "base_indices"}, ...]}, made from the pickles of '
-            "github.com/aks2203/poisoning-benchmark."
+            f"set-ups: expected {name} in the folder that MLSEC_JAX_DATA or data_dir names, got {path}. It holds {_HOLDS}, "
+            "made from the pickles of github.com/aks2203/poisoning-benchmark."
         )
-    setups = json.loads(path.read_text())["setups"]
-    return [
-        PoisonSetup(s["target_index"], s["target_class"], s["base_class"], np.asarray(s["base_indices"])) for s in setups
-    ]
+    content = path.read_bytes()
+    try:
+        return [_setup(entry) for entry in json.loads(content)["setups"]]
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"set-ups: expected {path} to hold {_HOLDS}, got a damaged or another file ({reason}).") from error
+
+
+def _setup(entry: dict[str, Any]) -> PoisonSetup:
+    """The set-up, if its numbers are whole ones."""
+    target_index, target_class, base_class = numbers = [entry[name] for name in ("target_index", "target_class", "base_class")]
+    indices = np.asarray(entry["base_indices"])
+    if indices.ndim != 1 or indices.dtype.kind != "i" or not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"expected whole numbers, got {numbers} and bases of {indices.dtype}{list(indices.shape)}")
+    return PoisonSetup(target_index, target_class, base_class, indices)
 
 
 def fine_tuning_rows(labels: np.ndarray, setup: PoisonSetup, *, num_rows: int = 2500) -> np.ndarray:

@@ -58,7 +58,7 @@ def select_classes(x: Any, y: Any, classes: Sequence[int], *, relabel: bool = Tr
     >>> select_classes(np.arange(4), np.array([7, 3, 1, 7]), [1, 7])
     (array([0, 2, 3]), array([1, 0, 1], dtype=int32))
     """
-    x, y = np.asarray(x), np.asarray(y)
+    x, y, classes = np.asarray(x), np.asarray(y), np.asarray(classes).tolist()
     missing = [label for label in classes if not np.any(y == label)]
     if missing or len(set(classes)) != len(classes) or not classes:
         raise ValueError(f"classes: expected different labels that each have a row, got {classes} (no row: {missing}).")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 
 import numpy as np
 
-from mlsec_jax.data._folders import tables_root
+from mlsec_jax.data._folders import DAMAGED, tables_root
 
 _TABLES = {
     "adult": "UCI Adult: X_train [32561, 14] and X_test [16281, 14] integer codes (-1: missing), y_* 1 for >50K, "
@@ -65,7 +64,9 @@ def table(name: str, *, data_dir: str | os.PathLike | None = None) -> dict[str, 
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+    except PermissionError:
+        raise
+    except DAMAGED as error:
         # numpy's own words advise to unpickle what may be a stranger's
         message = f"{expected} plain arrays as numpy.savez writes them, got a damaged or another file."
         raise ValueError(message) from error

@@ -52,7 +52,7 @@ def flip_labels(rows: Any, *, budget: Any) -> Threat:
         return jnp.where(moved > limit, clean + scale * (q - clean), q)
 
     def embed(poison: jax.Array, data: Data) -> Data:
-        return data._replace(y=data.y.at[jnp.asarray(rows)].set(poison.astype(data.y.dtype)))
+        return data._replace(y=jnp.asarray(data.y).at[jnp.asarray(rows)].set(poison.astype(data.y.dtype)))
 
     return Threat(init, project, embed, rows)
 
@@ -85,6 +85,6 @@ def reweigh(rows: Any, *, radius: Any) -> Threat:
         return jnp.clip(poison, jnp.maximum(base - r, 0), base + r)
 
     def embed(poison: jax.Array, data: Data) -> Data:
-        return data._replace(weight=data.weight.at[jnp.asarray(rows)].set(poison.astype(data.weight.dtype)))
+        return data._replace(weight=jnp.asarray(data.weight).at[jnp.asarray(rows)].set(poison.astype(data.weight.dtype)))
 
     return Threat(init, project, embed, rows)

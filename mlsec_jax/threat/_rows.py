@@ -58,8 +58,8 @@ def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
 
     def embed(poison: Any, data: Data) -> Data:
         chosen = where(data)
-        x = jax.tree.map(lambda leaf, p: leaf.at[chosen].set(p.astype(leaf.dtype)), data.x, poison)
-        return data._replace(x=x, weight=data.weight.at[chosen].set(1))
+        x = jax.tree.map(lambda leaf, p: jnp.asarray(leaf).at[chosen].set(p.astype(leaf.dtype)), data.x, poison)
+        return data._replace(x=x, weight=jnp.asarray(data.weight).at[chosen].set(1))
 
     return Threat(init, project, embed, rows)
 
@@ -120,7 +120,8 @@ def perturb_rows(
         return jax.tree.map(each, poison, clean)
 
     def embed(poison: Any, data: Data) -> Data:
-        x = jax.tree.map(lambda leaf, p: leaf.at[jnp.asarray(rows)].set(p.astype(leaf.dtype)), data.x, poison)
+        chosen = jnp.asarray(rows)
+        x = jax.tree.map(lambda leaf, p: jnp.asarray(leaf).at[chosen].set(p.astype(leaf.dtype)), data.x, poison)
         return data._replace(x=x)
 
     return Threat(init, project, embed, rows)

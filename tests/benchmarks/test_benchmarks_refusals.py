@@ -73,6 +73,8 @@ WHOLE |= {"reductions": ["tiny"], "figures": {"x": 1}, "paper": {"x": {"value": 
             (json.dumps({**WHOLE, key: value}).encode(), message)
             for key, value, message in [
                 ("size", 3, "size: expected str, got 3"),
+                ("benchmark", "/abs", "benchmark: expected letters, digits, underscores and dashes, got '/abs'"),
+                ("benchmark", "", "benchmark: expected letters"),
                 ("seed", "x", "seed: expected int, got 'x'"),
                 ("seconds", None, "seconds: expected a finite number, got None"),
                 ("versions", {"jax": 1}, "versions: expected strings"),

@@ -155,6 +155,15 @@ def test_cut_off_cache_is_made_again(mini, tmp_path):
     np.testing.assert_array_equal(data.load("mini", split="train", data_dir=mini, cache_dir=tmp_path)[0], expected[0])
 
 
+DIRECTORY_FIELDS = [(6, 99), (8, 1), (10, 1), (10, 12)]  # a zip version, encryption, no such compression, bzip2
+
+
+def amiss_in_its_directory(whole, field, value):
+    """The npz file, its first array's entry with another value at an offset."""
+    at = whole.index(b"PK\x01\x02") + field
+    return whole[:at] + bytes([value]) + whole[at + 1 :]
+
+
 def test_damaged_cache_warns_and_is_made_again(mini, tmp_path):
     load = lambda: data.load("mini", split="train", data_dir=mini, cache_dir=tmp_path)
     expected = load()
@@ -167,7 +176,8 @@ def test_damaged_cache_warns_and_is_made_again(mini, tmp_path):
     with zipfile.ZipFile(junk, "w") as file:
         file.writestr("x.npy", b"")
     flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
-    for content in (flipped, junk.getvalue(), lacking.getvalue(), pickled.getvalue()):
+    damaged = [flipped, junk.getvalue(), lacking.getvalue(), pickled.getvalue()]
+    for content in (*damaged, *(amiss_in_its_directory(whole, *field) for field in DIRECTORY_FIELDS)):
         path.write_bytes(content)
         with pytest.warns(UserWarning, match=f"{re.escape(str(path))} is damaged, and what it held is made again"):
             again = load()
@@ -326,6 +336,7 @@ def test_table_round_trip_and_errors(tmp_path, monkeypatch):
         (b"junk", "plain arrays as numpy.savez writes them"),
         (b"", "plain arrays as numpy.savez writes them"),
         ("flip", "plain arrays as numpy.savez writes them"),
+        *[(field, "plain arrays as numpy.savez writes them") for field in DIRECTORY_FIELDS],
     ],
 )
 def test_table_names_a_file_that_is_amiss(tmp_path, change, message):
@@ -333,6 +344,9 @@ def test_table_names_a_file_that_is_amiss(tmp_path, change, message):
     if change == "flip":
         np.savez_compressed(path, X=np.arange(1000))
         path.write_bytes(path.read_bytes().replace(path.read_bytes()[200:210], b"\xff" * 10))
+    elif isinstance(change, tuple):
+        np.savez(path, X=np.eye(2), y=np.arange(2), feature_names=np.array(["a", "b"]))
+        path.write_bytes(amiss_in_its_directory(path.read_bytes(), *change))
     elif isinstance(change, bytes):
         path.write_bytes(change)
     else:

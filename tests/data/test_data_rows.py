@@ -33,7 +33,9 @@ def test_select_classes_keeps_order_and_relabels():
     got_x, got_y = data.select_classes(x, y, [3, 8])
     assert got_x.tolist() == [0, 1, 3, 4] and got_y.tolist() == [1, 0, 0, 1]
     assert data.select_classes(x, y, [3, 8], relabel=False)[1].tolist() == [8, 3, 3, 8]
-    for classes in ([3, 5], [3, 3], []):
+    for classes in (np.array([3, 8]), jnp.array([3, 8])):
+        assert data.select_classes(x, y, classes)[1].tolist() == [1, 0, 0, 1]
+    for classes in ([3, 5], [3, 3], [], np.array([3, 5])):
         with pytest.raises(ValueError, match="classes: expected"):
             data.select_classes(x, y, classes)
 

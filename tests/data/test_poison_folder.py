@@ -1,5 +1,6 @@
 """Folders of poisons: what is written is read, what could run code is refused, a budget survives rounding."""
 
+import json
 import os
 import pickle
 
@@ -34,6 +35,49 @@ def test_others_folders_are_read(tmp_path):
         (tmp_path / f"{name}.pickle").write_bytes(pickle.dumps(content, protocol=2))
     found = data.read_poisons(tmp_path)
     assert found.base_indices.tolist() == [7] and found.target_y == 3 and found.patch is None
+
+
+def test_png_images_and_the_newest_pickles_are_read(tmp_path):
+    Image.fromarray(example().x[0]).save(tmp_path / "image.png")
+    x = np.asarray(example().x[0])
+    with Image.open(tmp_path / "image.png") as image:
+        contents = {"poisons": [(image, 1)], "base_indices": np.arange(1), "target": (image, 3, np.ones((2, 3)).T, [0, 1])}
+        for name, content in contents.items():
+            (tmp_path / f"{name}.pickle").write_bytes(pickle.dumps(content, protocol=5))
+    found = data.read_poisons(tmp_path)
+    assert (found.x[0] == x).all() and (found.target_x == x).all() and found.patch.shape == (3, 2)
+    assert found.base_indices.tolist() == [0]
+    path = tmp_path / "base_indices.pickle"
+    stream = path.read_bytes().replace(b"\x13numpy._core.numeric", b"\x12numpy.core.numeric")  # as older NumPy names it
+    path.write_bytes(stream[:2] + stream[11:])  # without the frame's length
+    assert data.read_poisons(tmp_path).base_indices.tolist() == [0]
+
+
+def test_a_stream_sets_no_attribute_of_numpys_own(tmp_path):
+    """Opcodes that take numpy's function and set its defaults, as an unpickler lets them."""
+    data.write_poisons(tmp_path, example())
+    (tmp_path / "base_indices.pickle").write_bytes(b"cnumpy._core.numeric\n_frombuffer\n(N}V__defaults__\n(K\x01tstb.")
+    with pytest.raises(ValueError, match=r"base_indices\.pickle"):
+        data.read_poisons(tmp_path)
+    assert np._core.numeric._frombuffer.__defaults__ != (1,)
+
+
+def test_grey_images_are_written(tmp_path):
+    poisons = example()
+    data.write_poisons(tmp_path, poisons._replace(x=poisons.x[..., :1], target_x=poisons.target_x[..., :1]))
+    found = data.read_poisons(tmp_path)
+    np.testing.assert_array_equal(found.x, np.repeat(poisons.x[..., :1], 3, axis=-1))
+    np.testing.assert_array_equal(found.target_x, found.x[0])
+
+
+@pytest.mark.parametrize("name", ["poisons", "base_indices", "target"])
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x80\x05.", pickle.dumps({"a": 1}), pickle.dumps(3)])
+def test_a_file_of_something_else_is_named(tmp_path, name, content):
+    data.write_poisons(tmp_path, example())
+    path = tmp_path / f"{name}.pickle"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"folder: expected {path} as the published benchmark writes it"):
+        data.read_poisons(tmp_path)
 
 
 class Evil:
@@ -98,6 +142,28 @@ def test_published_setups_agree_with_the_labels():
     for setup in setups:
         assert (labels[setup.base_indices] == setup.base_class).all()
         assert labels_test[setup.target_index] == setup.target_class
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b'{"setups": [{"target_cl',
+        b"[]",
+        b'{"setups": 3}',
+        b'{"setups": [{"target_class": 1, "target_index": 2, "base_class": 3}]}',
+        b'{"setups": [{"target_class": 1, "target_index": 2, "base_class": 3, "base_indices": ["a"]}]}',
+    ],
+)
+def test_damaged_setups_are_named(tmp_path, content):
+    path = tmp_path / "poisoning_benchmark_cifar10_from_scratch.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"set-ups: expected {path} to hold"):
+        data.poison_setups("from_scratch", data_dir=tmp_path)
+    whole = {"target_class": 1, "target_index": 2, "base_class": 3, "base_indices": [4, 5]}
+    path.write_text(json.dumps({"setups": [whole]}))
+    assert data.poison_setups("from_scratch", data_dir=tmp_path)[0].base_indices.tolist() == [4, 5]
 
 
 def test_missing_setups_say_what_they_are(tmp_path):
