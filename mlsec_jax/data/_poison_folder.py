@@ -99,8 +99,21 @@ def _read(path: Path, parse: Callable[[Any], Any]) -> Any:
 
 def _poisons(content: Any) -> tuple[np.ndarray, np.ndarray]:
     """The images and the labels."""
-    images, labels = zip(*[(np.asarray(image.convert("RGB")), int(label)) for image, label in content])
-    return np.stack(images), np.asarray(labels, np.int32)
+    images = [_pixels(image) for image, _ in content]
+    x = np.stack(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
+    return x, np.asarray([_label(label) for _, label in content], np.int32)
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """An image as RGB bytes `[h, w, 3]`, PIL's or an array of bytes."""
+    if isinstance(image, np.ndarray):
+        image = _image(image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _label(label: Any) -> int:
+    """A label, also one that stands in an array of its own."""
+    return int(np.asarray(label).reshape(()))
 
 
 def _indices(content: Any) -> np.ndarray:
@@ -114,11 +127,10 @@ def _indices(content: Any) -> np.ndarray:
 def _target(content: Any) -> tuple[Any, ...]:
     """The image, its label, and the patch with its corner where there is one."""
     image, label, *trigger = content
-    x = np.asarray(image.convert("RGB"))
-    if not trigger:
-        return x, int(label)
+    if not trigger or trigger[0] is None:
+        return _pixels(image), _label(label)
     patch, (left, top) = trigger
-    return x, int(label), np.asarray(patch), (int(left), int(top))
+    return _pixels(image), _label(label), np.asarray(patch), (int(left), int(top))
 
 
 def write_poisons(folder: str | os.PathLike, poisons: PoisonFolder) -> None:
@@ -132,10 +144,12 @@ def write_poisons(folder: str | os.PathLike, poisons: PoisonFolder) -> None:
     if len(poisons.x) != len(poisons.y) or len(poisons.x) != len(poisons.base_indices):
         sizes = [len(poisons.x), len(poisons.y), len(poisons.base_indices)]
         raise ValueError(f"poisons: expected as many images as labels and bases, got {sizes}.")
+    if (poisons.patch is None) != (poisons.corner is None):
+        raise ValueError(f"poisons: expected a patch with its corner, or neither, got corner {poisons.corner}.")
     images = [_image(x) for x in poisons.x]
     target: tuple = (_image(poisons.target_x), int(poisons.target_y))
     if poisons.patch is not None and poisons.corner is not None:
-        target += (np.asarray(poisons.patch), list(poisons.corner))
+        target += (np.asarray(poisons.patch), [int(place) for place in poisons.corner])
     contents = {
         "poisons": [(image, int(label)) for image, label in zip(images, poisons.y, strict=True)],
         "base_indices": np.asarray(poisons.base_indices),

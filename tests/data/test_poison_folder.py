@@ -53,6 +53,25 @@ def test_png_images_and_the_newest_pickles_are_read(tmp_path):
     assert data.read_poisons(tmp_path).base_indices.tolist() == [0]
 
 
+def test_labels_in_arrays_images_as_arrays_and_targets_without_a_patch(tmp_path):
+    x = example().x
+    target = (Image.fromarray(x[1]), np.array([3]), None, None)
+    contents = {"poisons": [(x[0], np.array([4]))], "base_indices": [2], "target": target}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.pickle").write_bytes(pickle.dumps(content, protocol=4))
+    found = data.read_poisons(tmp_path)
+    assert found.y.tolist() == [4] and found.target_y == 3 and found.patch is None
+    np.testing.assert_array_equal(found.x, x[:1])
+
+
+def test_no_poisons_and_half_a_trigger(tmp_path):
+    nobody = example()._replace(x=np.zeros((0, 4, 4, 3), np.uint8), y=np.zeros(0, np.int32), base_indices=np.zeros(0, np.int64))
+    data.write_poisons(tmp_path, nobody)
+    assert len(data.read_poisons(tmp_path).x) == 0
+    with pytest.raises(ValueError, match="poisons: expected a patch with its corner, or neither"):
+        data.write_poisons(tmp_path, example()._replace(patch=np.ones((3, 2, 2))))
+
+
 def test_a_stream_sets_no_attribute_of_numpys_own(tmp_path):
     """Opcodes that take numpy's function and set its defaults, as an unpickler lets them."""
     data.write_poisons(tmp_path, example())
