@@ -2,7 +2,8 @@
 
 `poisons.pickle` is a list of (PIL image, label), `base_indices.pickle` the rows that they replace, and `target.pickle`
 an (image, label), or (image, label, patch, [x, y]) where a trigger is pasted at test time. They are read by an
-unpickler that knows images and arrays only, so that a folder from a stranger cannot run code.
+unpickler that knows images and arrays only, so that a folder from a stranger cannot run code; tensors of PyTorch's become
+arrays, without it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _ALLOWED = {
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"),
     ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
 }
 
 
@@ -51,6 +53,9 @@ class PoisonFolder(NamedTuple):
     corner: tuple[int, int] | None = None
 
 
+_STORAGES = {"FloatStorage": "f4", "DoubleStorage": "f8", "ByteStorage": "u1", "LongStorage": "i8"}  # PyTorch's
+
+
 class _Restricted(pickle.Unpickler):
     """Builds images, arrays and plain containers; any other name in the stream is refused."""
 
@@ -61,9 +66,37 @@ class _Restricted(pickle.Unpickler):
         if (module, name) == ("numpy._core.numeric", "_frombuffer"):
             from_buffer = super().find_class(module, name)
             return lambda *args: from_buffer(*args)  # a stream may set attributes of what it is given: not of NumPy's own
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *args: _tensor(*args)
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda content: _storage(content)
+        if module == "torch" and name in _STORAGES:
+            return np.dtype(_STORAGES[name])
         if (module, name) not in _ALLOWED:
             raise ValueError(f"{module}.{name}: expected images and arrays only in a folder of poisons: refused.")
         return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Of a storage of PyTorch's: its dtype."""
+        return pid[1]
+
+
+def _storage(content: bytes) -> np.ndarray:
+    """The numbers of a storage of PyTorch's in its older format, which is how a tensor is pickled; without PyTorch.
+
+    Five pickles (a magic number, a version, facts on the machine, the storage, its keys), the count in 8 bytes, the numbers.
+    """
+    stream = io.BytesIO(content)
+    parts = [_Restricted(stream).load() for _ in range(5)]
+    return np.frombuffer(stream.read()[8:], parts[3])
+
+
+def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> np.ndarray:
+    """The array that a tensor shows of its storage."""
+    places = np.full(size, offset)
+    for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
+        places += step * np.arange(length).reshape(-1, *[1] * (len(size) - axis - 1))
+    return storage[places]
 
 
 def read_poisons(folder: str | os.PathLike) -> PoisonFolder:

@@ -1,5 +1,6 @@
 """Folders of poisons: what is written is read, what could run code is refused, a budget survives rounding."""
 
+import base64
 import json
 import os
 import pickle
@@ -9,6 +10,15 @@ import pytest
 from PIL import Image
 
 from mlsec_jax import data
+
+TENSOR = base64.b64decode(  # pickle.dumps(torch.arange(8.0).reshape(2, 2, 2)[:, :, 1:].transpose(1, 2), protocol=4)
+    "gASVqgEAAAAAAACMDHRvcmNoLl91dGlsc5SMEl9yZWJ1aWxkX3RlbnNvcl92MpSTlCiMDXRvcmNoLnN0b3JhZ2WUjBBfbG9hZF9mcm9tX2J5dG"
+    "VzlJOUQhsBAACAAooKbPycRvkgaqhQGS6AAk3pAy6AAn1xAChYEAAAAHByb3RvY29sX3ZlcnNpb25xAU3pA1gNAAAAbGl0dGxlX2VuZGlhbnEC"
+    "iFgKAAAAdHlwZV9zaXplc3EDfXEEKFgFAAAAc2hvcnRxBUsCWAMAAABpbnRxBksEWAQAAABsb25ncQdLBHV1LoACKFgHAAAAc3RvcmFnZXEAY3"
+    "RvcmNoCkZsb2F0U3RvcmFnZQpxAVgOAAAAOTM5NDE5OTk0ODkyMTZxAlgDAAAAY3B1cQNLCE50cQRRLoACXXEAWA4AAAA5Mzk0MTk5OTQ4OTIx"
+    "NnEBYS4IAAAAAAAAAAAAAAAAAIA/AAAAQAAAQEAAAIBAAACgQAAAwEAAAOBAlIWUUpRLAUsCSwFLAoeUSwRLAUsCh5SJjAtjb2xsZWN0aW9uc5"
+    "SMC09yZGVyZWREaWN0lJOUKVKUdJRSlC4="
+)
 
 
 def example(k=3, side=4):
@@ -62,6 +72,20 @@ def test_labels_in_arrays_images_as_arrays_and_targets_without_a_patch(tmp_path)
     found = data.read_poisons(tmp_path)
     assert found.y.tolist() == [4] and found.target_y == 3 and found.patch is None
     np.testing.assert_array_equal(found.x, x[:1])
+
+
+def test_a_patch_of_pytorchs_is_read_without_it(tmp_path):
+    data.write_poisons(tmp_path, example()._replace(patch=np.zeros((2, 1, 2)), corner=(0, 1)))
+
+    target = pickle.dumps((Image.fromarray(example().x[0]), 2), protocol=4)
+    path = tmp_path / "target.pickle"
+    end = b"\x86\x94."  # of a pair; its two parts, the tensor and a corner make four
+    assert target.endswith(end)
+    body = target[: -len(end)][11:]
+    path.write_bytes(b"\x80\x04(" + body + TENSOR[11:-1] + b"]\x94(K\x00K\x01et.")
+    found = data.read_poisons(tmp_path)
+    np.testing.assert_array_equal(found.patch, [[[1, 3]], [[5, 7]]])
+    assert found.corner == (0, 1)
 
 
 def test_no_poisons_and_half_a_trigger(tmp_path):
