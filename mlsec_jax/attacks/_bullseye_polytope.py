@@ -44,7 +44,7 @@ def bullseye_polytope(
     features = _craft.drawn(features_fn, num_draws)
 
     def objective(key: Key, params: Params, poisons: Data, aim: list[jax.Array]) -> tuple[jax.Array, dict]:
-        centres = [jnp.mean(leaf, axis=0) for leaf in features(key, params, poisons.x)]
+        centres = [_craft.mean_row(leaf, poisons.weight > 0) for leaf in features(key, params, poisons.x)]
         distances = [_relative(t - c, t) for t, c in zip(aim, centres, strict=True)]
         terms = [d**2 / 2 for d in distances] if squared else distances
         return _craft.mean_of(terms), {"distance": jnp.stack(distances)}

@@ -52,8 +52,10 @@ def convex_polytope(
 
     def objective(key: Key, params: Params, poisons: Data, aim: list[jax.Array]) -> tuple[jax.Array, dict]:
         terms, coefficients = [], []
+        there = poisons.weight > 0  # an absent poison stands where another one does, whose coefficient it shares
+        stand = jnp.where(there, jnp.arange(there.size), jnp.argmax(there))
         for leaf, t in zip(features(key, params, poisons.x), aim, strict=True):
-            difference = leaf - t[None]
+            difference = (leaf - t[None])[stand]
             c = coefficients_fn(jax.lax.stop_gradient(difference @ difference.T))
             terms.append(jnp.sum((c @ difference) ** 2) / (2 * _craft.square(t)))
             coefficients.append(c)

@@ -49,6 +49,11 @@ def rows_of(threat: Threat, by: str) -> jax.Array:
     return jnp.asarray(threat.rows)
 
 
+def poisons_of(threat: Threat, poison: Any, subject: Data, rows: jax.Array) -> Data:
+    """The poisons as rows; those that are absent (weight 0) are zeros."""
+    return losses.present(tree.take(threat.embed(poison, subject), rows))
+
+
 def craft(
     by: str, prepare: Prepare, objective: Objective, *, threat: Threat, optimizer: optax.GradientTransformation
 ) -> Algorithm:
@@ -67,7 +72,7 @@ def craft(
         params = networks(known, by)
 
         def loss(poison: Any) -> tuple[jax.Array, dict]:
-            return objective(key, params, tree.take(threat.embed(poison, subject), rows), state.aim)
+            return objective(key, params, poisons_of(threat, poison, subject, rows), state.aim)
 
         (value, info), gradient = jax.value_and_grad(loss, has_aux=True)(state.poison)
         moved, opt_state = loop.apply_optimizer(optimizer, gradient, state.optimizer, state.poison)
@@ -126,9 +131,10 @@ def square(aim: jax.Array) -> jax.Array:
 
 
 def mean_row(values: jax.Array, weight: jax.Array) -> jax.Array:
-    """The weighted mean over rows, `[n, ...] -> [...]`."""
+    """The weighted mean over rows, `[n, ...] -> [...]`; 0 if none has weight."""
     weight = weight.astype(values.dtype)
-    return jnp.tensordot(weight / jnp.sum(weight), values, axes=1)
+    total = jnp.sum(weight)
+    return jnp.tensordot(weight / jnp.where(total > 0, total, 1), values, axes=1)
 
 
 def mean_of(values: list[jax.Array]) -> jax.Array:

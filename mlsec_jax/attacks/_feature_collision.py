@@ -103,9 +103,10 @@ def feature_collision(
 
         def objective(key: Key, params: Params, poisons: Data, aim: list[jax.Array]) -> tuple[jax.Array, dict]:
             value = distances(key, params, poisons.x, aim)
-            return jnp.mean(value), {"value": value}
+            return _craft.mean_row(value, poisons.weight > 0), {"value": value}
 
         return _craft.craft(by, prepare, objective, threat=threat, optimizer=optimizer)
+    rows = _craft.rows_of(threat, by)
     if num_draws:
         raise ValueError("num_draws: expected an optimizer beside it: the splitting compares values from step to step.")
 
@@ -146,8 +147,9 @@ def feature_collision(
         pull = 2 * size * penalty
         trial = threat.project((forward + pull * state.base) / (1 + pull), subject)
         value = pick(value, state.value)
-        report = {"outer": jnp.mean(value), "value": value, "accepted": accepted, "step_size": sizes}
+        there = subject.weight[rows] > 0
+        outer = _craft.mean_row(jnp.where(there, value, 0), there)
+        report = {"outer": outer, "value": value, "accepted": accepted, "step_size": sizes}
         return CollisionState(poison, trial, state.base, value, gradient, sizes, state.aim), report
 
-    rows = _craft.rows_of(threat, by)
     return _craft.unless_empty(rows, Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject)))

@@ -86,12 +86,13 @@ def hidden_trigger(
         sources = stamped(key, known, len(rows)) if redraw else state.aim
 
         def collision(poison: Any) -> tuple[jax.Array, tuple]:
-            found = features(key, params, tree.take(threat.embed(poison, subject), rows).x)
+            poisons = _craft.poisons_of(threat, poison, subject, rows)
+            found = features(key, params, poisons.x)
             cost = jax.lax.stop_gradient(_squared_distances(found, sources))
             partner = _PAIR[pairing](_behind(cost, present))
             apart = [jnp.sum(jnp.square(f - s[partner]), axis=1) for f, s in zip(found, sources, strict=True)]
             distance = jnp.sum(jnp.stack(apart), axis=0)
-            distance = jnp.where(present[partner], distance, 0)
+            distance = jnp.where(present[partner] & (poisons.weight > 0), distance, 0)
             return jnp.sum(distance), (distance, partner)
 
         (value, (distance, partner)), gradient = jax.value_and_grad(collision, has_aux=True)(state.poison)

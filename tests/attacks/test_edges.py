@@ -103,3 +103,27 @@ def test_largest_gradients_passes_over_counters():
     keyed = losses.cross_entropy(lambda params, x, key=None: x @ params["w"])
     found, _ = attacks.largest_gradients(keyed, rows, counted, label=1, num_rows=2)
     np.testing.assert_array_equal(found, attacks.largest_gradients(loss_fn, rows, known, label=1, num_rows=2)[0])
+
+
+def crafted(threat_rows):
+    reach = threat.perturb_rows(threat_rows, radius=0.2)
+    return {
+        "feature_collision": attacks.feature_collision(linear, threat=reach),
+        "feature_collision with Adam": attacks.feature_collision(linear, threat=reach, optimizer=ADAM),
+        "convex_polytope": attacks.convex_polytope(linear, threat=reach, optimizer=ADAM),
+        "bullseye_polytope": attacks.bullseye_polytope(linear, threat=reach, optimizer=ADAM),
+        "gradient_matching": attacks.gradient_matching(loss_fn, threat=reach, optimizer=ADAM),
+        "hidden_trigger": attacks.hidden_trigger(linear, lambda key, x: x + 0.1, threat=reach, optimizer=ADAM),
+    }
+
+
+@pytest.mark.parametrize("name", crafted([0]))
+def test_an_absent_poison_changes_nothing(name):
+    rows, known = problem()
+    known = known.replace(goal=rows)
+    absent = rows._replace(x=rows.x.at[1].set(jnp.nan), weight=rows.weight.at[1].set(0))
+    with_it, infos = combine.iterate(crafted([0, 1, 2])[name], 3)(KEY, absent, known)
+    without, other = combine.iterate(crafted([0, 2])[name], 3)(KEY, absent, known)
+    np.testing.assert_allclose(with_it.x[jnp.array([0, 2])], without.x[jnp.array([0, 2])], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(infos["outer"], other["outer"], rtol=1e-5)
+    assert np.isfinite(infos["outer"]).all()
