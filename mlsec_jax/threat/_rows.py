@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, linalg, tree
 from mlsec_jax.base import Data, Key, Threat
@@ -21,6 +22,9 @@ def reserve(data: Data, start: Data) -> Data:
     Returns:
       `Data` of n + k rows; the last k are absent until a threat embeds them.
     """
+    for a, b in zip(*(jax.tree.leaves((rows.x, rows.y)) for rows in (data, start)), strict=True):
+        if not tree.is_float(a) and checks.is_concrete(b) and np.any(np.asarray(b) != np.asarray(b).astype(a.dtype)):
+            raise ValueError(f"start: expected numbers that {a.dtype} can hold, as the data's are, got {b.dtype}.")
     joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), data, start)
     return joined._replace(weight=joined.weight.at[data.num_rows :].set(0))
 
@@ -42,6 +46,8 @@ def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
       A `Threat` whose poison is `[k, ...]`.
     """
     rows = checks.rows("rows", rows)
+    if checks.is_concrete((lo, hi)) and np.any(np.asarray(lo) > np.asarray(hi)):
+        raise ValueError(f"lo: expected at most hi, got {lo} and {hi}.")
 
     def where(data: Data) -> Any:
         checks.rows_within("rows", rows, data.num_rows)
