@@ -134,7 +134,7 @@ def prune_trigger(
         found = [leaf.shape for leaf in jax.tree.leaves(readers)]
         if not found or any(shape[0] != gaps.size for shape in found):
             raise ValueError(f"reads: expected leaves whose first axis is the {gaps.size} features, got shapes {found}.")
-        place = jnp.argsort(jnp.argsort(-gaps))
+        place = jnp.argsort(jnp.argsort(-gaps)).astype(jnp.int32)
         stamped = trigger(None, losses.present(clean).x)
         other = jnp.where(clean.y == label, 0, clean.weight)
 

@@ -76,4 +76,4 @@ def gaussian_threshold(scores: jax.Array, *, false_alarms: Any, weight: Any = No
     weight = jnp.ones_like(scores) if weight is None else weight
     mean = losses.weighted_mean(scores, weight)
     deviation = jnp.sqrt(losses.weighted_mean(jnp.square(scores - mean), weight))
-    return mean + deviation * jax.scipy.stats.norm.ppf(1 - jnp.asarray(false_alarms, scores.dtype))
+    return mean + deviation * jax.scipy.special.ndtri(1 - jnp.asarray(false_alarms, scores.dtype))
