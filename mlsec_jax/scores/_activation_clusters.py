@@ -53,7 +53,7 @@ def cluster_activations(
     def find(key: Key, params: Params, data: Data) -> Clusters:
         checks.labels("data.y", data.y, data.weight, num_classes)
         h = no_derivative("scores.activation_clusters", features_fn(params, losses.present(data).x))
-        h = h.reshape(h.shape[0], -1)
+        h = h.reshape(h.shape[0], -1).astype(np.promote_types(h.dtype, np.float32))
         _check(h, data, num_classes, num_components)
         block = blocks(data, num_classes, content=h)
         weight = block.take(data.weight.astype(h.dtype))

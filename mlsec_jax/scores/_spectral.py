@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, linalg, losses
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer
@@ -45,7 +46,7 @@ def spectral(
         del known
         checks.labels("data.y", data.y, data.weight, num_classes)
         h = features_fn(params, losses.present(data).x)
-        h = h.reshape(h.shape[0], -1)
+        h = h.reshape(h.shape[0], -1).astype(np.promote_types(h.dtype, np.float32))
         block = blocks(data, num_classes)
         common = jax.lax.stop_gradient(h[block.rows[0, 0]])  # a shift of all features changes nothing but the rounding
         near, weight = block.take(h) - common[None, None], block.take(data.weight.astype(h.dtype))
