@@ -45,7 +45,28 @@ def partitions():
     return info["radius"]
 
 
+def roni():
+    trainer = bilevel.unrolled(losses.cross_entropy(linear), optax.sgd(0.1), 2)
+    scorer = scores.roni(linear, trainer, num_train=4, num_quiz=4, num_trials=2)
+    return scorer(KEY, START, rows(), mj.Known(clean=rows()))
+
+
+def unlearn_trigger():
+    trigger = threat.blend(jnp.ones(4, jnp.float32), opacity=0.5)
+    trainer = bilevel.unrolled(losses.cross_entropy(linear), optax.sgd(0.1), 2)
+    return defenses.unlearn_trigger(trainer)(KEY, START, mj.Known(clean=rows(), trigger=trigger))[0]
+
+
+features = lambda params, x, key=None: x
+
 CALLS = {
+    "spectral": lambda: scores.spectral(features, num_classes=3)(KEY, None, rows(), mj.Known()),
+    "activation_clusters": lambda: scores.activation_clusters(features, num_classes=3, num_components=2)(
+        KEY, None, rows(), mj.Known()
+    ),
+    "strip": lambda: scores.strip(linear, num_overlays=4)(KEY, START, rows(), mj.Known(clean=rows())),
+    "roni": roni,
+    "unlearn_trigger": unlearn_trigger,
     "cutout": lambda: defenses.cutout(side=2)(KEY, images()),
     "max_up": max_up,
     "mixup": lambda: defenses.mixup(num_classes=3)(KEY, images()),
