@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 Params = Any  # any pytree of arrays
@@ -53,7 +54,8 @@ def dataset(x: Any, y: Any, weight: Any = None) -> Data:
     Args:
       x: inputs `[n, ...]`, or a pytree of them.
       y: labels `[n]` or `[n, c]`.
-      weight: `[n]`, or None for ones, in the dtype of the first floating input; integers and booleans get that dtype too.
+      weight: `[n]`, or None for ones, in the dtype of the first floating input, at least float32, for half precision can't
+        count rows; integers and booleans get that dtype too.
 
     Returns:
       The `Data`.
@@ -72,7 +74,7 @@ def dataset(x: Any, y: Any, weight: Any = None) -> Data:
     floating = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     weight = jnp.ones(y.shape[:1], bool) if weight is None else jnp.asarray(weight)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
-        weight = weight.astype(floating[0] if floating else jnp.float32)
+        weight = weight.astype(np.promote_types(floating[0], np.float32) if floating else jnp.float32)
     if weight.shape != y.shape[:1]:
         raise ValueError(f"weight: expected shape {y.shape[:1]}, got {weight.shape}.")
     return Data(x, y, weight)

@@ -75,6 +75,16 @@ def poisson(rate: float, capacity: int) -> Batching:
     return batching
 
 
+def lots(key: Key, weight: jax.Array) -> jax.Array:
+    """A uniform number for each present row `[n]`, infinity for absent ones: the least are drawn, without replacement.
+
+    The i-th present row gets the i-th number, wherever it stands: absent rows change nothing.
+    """
+    there = weight > 0
+    drawn = jax.random.uniform(key, weight.shape, jnp.float32)
+    return jnp.where(there, drawn[jnp.cumsum(there, dtype=jnp.int32) - 1], jnp.inf)
+
+
 def take_batch(data: Data, rows: jax.Array, mask: jax.Array) -> Data:
     """The rows of one step, their weights multiplied by the mask."""
     batch = tree.take(jax.tree.map(jnp.asarray, data), rows)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, tree
 from mlsec_jax.base import Info, Key, Known, Params, Transform
@@ -30,7 +31,8 @@ def channel_lipschitz(*, u: Any = 3.0, weights: tree.Where = is_convolution, axi
     Args:
       u: how many standard deviations are allowed; infinite changes nothing. Among n channels none can be more than
         `sqrt(n - 1)` from the mean, so nothing of a layer of fewer than eleven is pruned by the default.
-      weights: which leaves are kernels (`tree.mask_of`): every convolution. A dense layer's are its columns' norms.
+      weights: which leaves are kernels (`tree.mask_of`): every convolution. A dense layer's are its columns' norms. A scale is
+        looked for beside the kernel: of a norm in a module of its own (Flax) nothing is seen.
       axis: of the channels, -1 or 0 (Equinox).
 
     Returns:
@@ -53,9 +55,10 @@ def channel_lipschitz(*, u: Any = 3.0, weights: tree.Where = is_convolution, axi
         info = {}
         for path in kernels:
             name = path.rpartition("/")[0]
-            bound = _spectral_norms(leaves[path], axis)
+            kernel = leaves[path].astype(np.promote_types(leaves[path].dtype, np.float32))
+            bound = _spectral_norms(kernel, axis)
             scale = leaves.get(f"{name}/scale" if name else "scale")
-            bound = bound if scale is None else bound * jnp.abs(scale)
+            bound = bound if scale is None else bound * jnp.abs(scale).astype(bound.dtype)
             threshold = jnp.mean(bound) + jnp.asarray(u, bound.dtype) * jnp.std(bound)
             keep = ~(bound > threshold)
             subject = prune_channels(name, axis=axis)(subject, keep)

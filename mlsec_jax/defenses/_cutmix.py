@@ -45,7 +45,7 @@ def cutmix(*, num_classes: int, alpha: Any = 1.0, probability: Any = 0.5) -> Bat
         y = _mixing.distributions(batch, num_classes)
         height, width = own.shape[1:3]
         a = jnp.asarray(alpha, batch.weight.dtype)
-        part = jnp.sqrt(1 - jax.random.beta(share_key, a, a))
+        part = jnp.sqrt(1 - jax.random.beta(share_key, a, a, dtype=a.dtype))
         sides = [jnp.floor(size * part).astype(jnp.int32) for size in (height, width)]
         cut = jax.random.bernoulli(coin_key, probability) & _mixing.box(box_key, height, width, sides)
         partner = _mixing.partners(partner_key, batch.weight)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from mlsec_jax import checks
@@ -51,7 +52,9 @@ def grad_cam(split_fn: SplitFn, *, peak: Any = None) -> HeatFn:
         if maps.ndim != 4:
             raise ValueError(f"split_fn: expected maps [n, h, w, k] of a convolution, got shape {maps.shape}.")
         logits, pull_back = jax.vjp(rest_fn, maps)
-        labels = jnp.argmax(logits, axis=1) if labels is None else labels
+        if labels is None:
+            labels = jnp.argmax(logits, axis=1)
+        checks.labels("labels", labels, np.ones(jnp.shape(labels)), logits.shape[1])
         (slope,) = pull_back(jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype))
         weight = jnp.mean(slope, axis=(1, 2), keepdims=True)
         heat = jax.nn.relu(jnp.sum(weight * maps, axis=3))

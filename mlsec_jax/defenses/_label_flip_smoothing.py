@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, losses
 from mlsec_jax.base import Data, Info, Key, Params, Trainer
@@ -81,7 +82,7 @@ def label_flip_smoothing(
         del key, params
         checks.labels("data.y", data.y, data.weight, num_classes)
         x = losses.present(data).x
-        x = x.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], -1).astype(np.promote_types(x.dtype, np.float32))
         weight = data.weight.astype(x.dtype)
         share = weight / jnp.maximum(jnp.sum(weight), jnp.finfo(x.dtype).tiny)
         mean = share @ x
@@ -108,7 +109,7 @@ def label_flip_smoothing(
             log_error = jnp.minimum(jax.nn.logsumexp(log_p), 0)
             return label, _radius(log_p, log_error, q, num_classes), log_error
 
-        label, radius, log_error = jax.lax.map(one, x.reshape(x.shape[0], -1))
+        label, radius, log_error = jax.lax.map(one, x.reshape(x.shape[0], -1).astype(params.rows.dtype))
         return label, {"radius": radius, "log_error": log_error}
 
     return Trainer(fit), predict

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mlsec_jax import checks, losses, tree
+from mlsec_jax import checks, loop, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Info, Key, Known, Params, Scorer, Trainer, Transform
 
 
@@ -46,7 +47,8 @@ def trigger_neurons(features_fn: ApplyFn, *, fraction: float = 0.01) -> Scorer:
         del key
         clean, trigger = (known.require(field, by="defenses.trigger_neurons") for field in ("clean", "trigger"))
         gaps = _gaps(features_fn, params, clean, trigger)
-        _, chosen = jax.lax.top_k(gaps, max(1, int(fraction * gaps.size)))
+        slack = 4 * np.finfo(np.float64).eps  # a share that is whole stays so: 0.29 of 100 neurons are 29
+        _, chosen = jax.lax.top_k(gaps, max(1, int(fraction * gaps.size * (1 + slack))))
         h = features_fn(params, losses.present(data).x)
         driven = jnp.mean(h.reshape(h.shape[0], -1)[:, chosen], axis=1)
         return jnp.where(data.weight > 0, driven, 0)
@@ -75,10 +77,10 @@ def unlearn_trigger(trainer: Trainer, *, fraction: Any = 0.2) -> Transform:
         clean, trigger = (known.require(field, by="defenses.unlearn_trigger") for field in ("clean", "trigger"))
         draw_key, stamp_key, train_key = jax.random.split(key, 3)
         present = clean.weight > 0
-        lot = jnp.where(present, jax.random.uniform(draw_key, present.shape), jnp.inf)
-        place = jnp.argsort(jnp.argsort(lot))
+        place = jnp.argsort(jnp.argsort(loop.lots(draw_key, clean.weight)))
         share = jnp.asarray(fraction, jnp.float32) * jnp.sum(present, dtype=jnp.float32)
-        stamped = present & (place < jnp.floor(share + 1e-4).astype(place.dtype))
+        slack = 4 * jnp.finfo(share.dtype).eps  # a share that is whole stays so: 0.29 of 100 rows are 29
+        stamped = present & (place < jnp.floor(share * (1 + slack) + 1e-6).astype(place.dtype))
         x = jnp.where(tree.per_row(stamped, clean.x), trigger(stamp_key, clean.x), clean.x)
         params, info = trainer(train_key, subject, clean._replace(x=x))
         return params, {"stamped": stamped, "train": info}
@@ -134,7 +136,7 @@ def prune_trigger(
         found = [leaf.shape for leaf in jax.tree.leaves(readers)]
         if not found or any(shape[0] != gaps.size for shape in found):
             raise ValueError(f"reads: expected leaves whose first axis is the {gaps.size} features, got shapes {found}.")
-        place = jnp.argsort(jnp.argsort(-gaps))
+        place = jnp.argsort(jnp.argsort(-gaps)).astype(jnp.int32)
         stamped = trigger(None, losses.present(clean).x)
         other = jnp.where(clean.y == label, 0, clean.weight)
 

@@ -62,8 +62,8 @@ def box(key: Key, height: int, width: int, sides: Any) -> jax.Array:
 
 
 def _stretch(key: Key, size: int, side: jax.Array) -> jax.Array:
-    start = jax.random.randint(key, (), 0, size) - side // 2
-    at = jnp.arange(size)
+    start = jax.random.randint(key, (), 0, size, jnp.int32) - side // 2
+    at = jnp.arange(size, dtype=jnp.int32)
     return (at >= start) & (at < start + side)
 
 

@@ -89,7 +89,7 @@ def partition_aggregation(
     def predict(params: Params, x: Any) -> tuple[jax.Array, Info]:
         logits = tree.each(lambda one: apply_fn(one, x), params, over=over)
         ballots = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.int32)
-        votes = jnp.sum(ballots, axis=0)
+        votes = jnp.sum(ballots, axis=0, dtype=jnp.int32)
         label = jnp.argmax(votes, axis=1).astype(jnp.int32)
         classes = jnp.arange(votes.shape[1], dtype=jnp.int32)[None]
         rivals = jnp.where(classes == label[:, None], -1, votes + (classes < label[:, None]).astype(jnp.int32))

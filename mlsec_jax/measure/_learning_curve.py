@@ -178,7 +178,7 @@ def parameter_deviation(path: jax.Array, gram: jax.Array | None = None) -> Devia
         raise ValueError(f"gram: expected shape {(path.shape[1],) * 2}, got {gram.shape}.")
     images = path if gram is None else path @ gram
     norm = jnp.sqrt(jax.nn.relu(jnp.sum(path * images, axis=1)))
-    return Deviation(norm, (1 - images @ path[0] / (norm * norm[0])) / 2)
+    return Deviation(norm, jnp.clip((1 - images @ path[0] / (norm * norm[0])) / 2, 0, 1))
 
 
 def _check_rows(data: Data, poisoned: jax.Array, betas: jax.Array) -> None:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlsec_jax import checks, losses
+from mlsec_jax import checks, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer, Trainer
-from mlsec_jax.scores._by_class import Blocks, blocks, no_derivative
+from mlsec_jax.scores._by_class import Blocks, blocks, digest, no_derivative
 
 
 class Clusters(NamedTuple):
@@ -53,9 +53,9 @@ def cluster_activations(
     def find(key: Key, params: Params, data: Data) -> Clusters:
         checks.labels("data.y", data.y, data.weight, num_classes)
         h = no_derivative("scores.activation_clusters", features_fn(params, losses.present(data).x))
-        h = h.reshape(h.shape[0], -1)
+        h = h.reshape(h.shape[0], -1).astype(np.promote_types(h.dtype, np.float32))
         _check(h, data, num_classes, num_components)
-        block = blocks(data, num_classes)
+        block = blocks(data, num_classes, content=h)
         weight = block.take(data.weight.astype(h.dtype))
         whitened, axes, live = _whiten(block, h, weight, num_components)
         turns = jax.random.normal(key, (num_classes, num_components, h.shape[1]), h.dtype) @ axes  # whatever signs the axes have
@@ -68,9 +68,9 @@ def cluster_activations(
         separated = jax.lax.map(lambda part: unmix[part[1]] @ part[0], (whitened, block.label))
         normal, level, share = jax.lax.map(lambda label: _two_means(block, separated, weight, label), labels)
         sources = block.back(jnp.swapaxes(separated, 1, 2), data.num_rows)
-        own = jnp.clip(data.y, 0, num_classes - 1)
-        cluster = (jnp.sum(sources * normal[own], axis=1) > level[own]) & (data.weight > 0)
-        return Clusters(cluster.astype(jnp.int32), share, sources, converged, taken)
+        beyond = jax.lax.map(lambda part: normal[part[1]] @ part[0] > level[part[1]], (separated, block.label))
+        cluster = block.back(beyond.astype(jnp.int32), data.num_rows)
+        return Clusters(cluster, share, sources, converged, taken)
 
     return find
 
@@ -223,10 +223,11 @@ def activation_clusters(
     - `cluster_silhouette`, the class's silhouette for its smaller cluster: above 0.10 to 0.15 in the paper;
     - `reclassification(…)`, what a model trained without the smaller clusters takes them for: above 0.5 is `l / p < 1`.
 
-    Each class's rows alone are worked on, all classes one program. A class with too few rows or varying
-    features is an error. Under `jit`, where neither can be seen, a class of lower rank has as many components as it has
-    dimensions, one of constant features or without rows has a single cluster. Cluster labels have no derivative: to
-    differentiate raises.
+    Each class's rows alone are worked on, all classes one program, in an order that the bits of their features give them,
+    so that the data's own order changes nothing. The clusters of a class whose components don't settle
+    (`Clusters.converged`) are arbitrary. A class with too few rows or varying features is an error. Under `jit`, where
+    neither can be seen, a class of lower rank has as many components as it has dimensions, one of constant features or
+    without rows has a single cluster. Cluster labels have no derivative: to differentiate raises.
 
     Args:
       features_fn: `(params, x, key=None) -> [n, ...]`, flattened; the last hidden layer in the paper.
@@ -274,7 +275,7 @@ def silhouettes(data: Data, found: Clusters) -> jax.Array:
     the other one; a weight counts repetitions. All pairs of rows of a class are looked at.
     """
     sources = no_derivative("scores.silhouettes", found.sources)
-    block = blocks(data, found.share.shape[0])
+    block = blocks(data, found.share.shape[0], content=sources)
     s, weight = block.take(sources), block.take(data.weight.astype(sources.dtype))
     second = block.take(found.cluster).astype(s.dtype)
     members = jnp.stack([1 - second, second], axis=2)
@@ -318,16 +319,18 @@ def reclassification(apply_fn: ApplyFn, trainer: Trainer, init_fn: Callable[[Key
     def rule(key: Key, params: Params, data: Data, found: Clusters) -> jax.Array:
         del params
         init_key, train_key = jax.random.split(key)
-        suspect = found.cluster == 1
-        rest = data._replace(weight=jnp.where(suspect, 0, data.weight))
-        trained, _ = trainer(train_key, init_fn(init_key), rest)
         num_classes = found.share.shape[0]
-        said = jnp.argmax(apply_fn(trained, losses.present(data).x), axis=1)
+        group = jnp.where(data.weight > 0, data.y, num_classes)
+        order = jnp.lexsort((*digest(found.sources, data.weight), group))  # batches are drawn over rows where they stand
+        rows, suspect = tree.take((data, found.cluster == 1), order)
+        rest = rows._replace(weight=jnp.where(suspect, 0, rows.weight))
+        trained, _ = trainer(train_key, init_fn(init_key), rest)
+        said = jnp.argmax(apply_fn(trained, losses.present(rows).x), axis=1)
         one_hot = lambda labels: jax.nn.one_hot(labels, num_classes, dtype=data.weight.dtype)
-        votes = one_hot(data.y).T @ (jnp.where(suspect, data.weight, 0)[:, None] * one_hot(said))
+        votes = one_hot(rows.y).T @ (jnp.where(suspect, rows.weight, 0)[:, None] * one_hot(said))
         own = jnp.diagonal(votes)
         other = jnp.max(votes - jnp.diag(own), axis=1)
         share = other / jnp.where(own + other > 0, own + other, 1)
-        return jnp.where(suspect, share[data.y], 0)
+        return jnp.where(found.cluster == 1, share[data.y], 0)
 
     return rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,13 +46,17 @@ class Blocks(NamedTuple):
         return jax.lax.fori_loop(self.first[label], self.stop[label], add, like)
 
 
-def blocks(data: Data, num_classes: int, most: int = 512) -> Blocks:
-    """The present rows of `data`, integer labels below `num_classes`, in blocks of at most `most`."""
+def blocks(data: Data, num_classes: int, most: int = 512, content: jax.Array | None = None) -> Blocks:
+    """The present rows of `data`, integer labels below `num_classes`, in blocks of at most `most`.
+
+    The rows of a class keep their order; with `content`, floats `[n, d]` that say what they are, they get one of their
+    own, whatever order they come in, so that sums over them are the same bits.
+    """
     n = data.num_rows
     size = min(most, -(-n // (2 * num_classes)))
     number = n // size + num_classes
     group = jnp.where(data.weight > 0, data.y, num_classes).astype(jnp.int32)
-    order = jnp.argsort(group, stable=True)
+    order = jnp.lexsort((*(() if content is None else digest(content, data.weight)), group))
     count = jnp.sum(group[None] == jnp.arange(num_classes, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
     stop = jnp.cumsum(-(-count // size))
     first = stop - -(-count // size)
@@ -61,6 +66,20 @@ def blocks(data: Data, num_classes: int, most: int = 512) -> Blocks:
     rows = jnp.full(number * size, n, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop")
     label = jnp.searchsorted(stop, jnp.arange(number, dtype=stop.dtype), side="right")
     return Blocks(rows.reshape(number, size), jnp.minimum(label, num_classes - 1).astype(jnp.int32), first, stop)
+
+
+def digest(content: jax.Array, weight: jax.Array, parts: int = 8) -> tuple[jax.Array, jax.Array]:
+    """Two hashes of each row's bits and its weight's, `[n]` each: integer sums, the same wherever the row stands."""
+    words = jax.lax.bitcast_convert_type(content, jnp.uint32).reshape(content.shape[0], -1)
+    words = jnp.pad(words, ((0, 0), (0, -words.shape[1] % parts)))
+    odd = jax.random.bits(jax.random.key(0), (1, words.shape[1] + 1), jnp.uint32) | 1
+    mixed = lambda word, factor: (word ^ (word >> 16)) * factor
+    width = words.shape[1] // parts  # added part by part, for a sum along a row takes XLA one number at a time
+    each = [slice(k * width, (k + 1) * width) for k in range(parts)]
+    folded = functools.reduce(jnp.add, [mixed(words[:, part], odd[:, part]) for part in each])
+    own = mixed(jax.lax.bitcast_convert_type(weight.astype(jnp.float32), jnp.uint32), odd[0, -1])
+    total = lambda values: jnp.sum(values, axis=1, dtype=jnp.uint32) + own
+    return total(folded), total(mixed(folded, odd[:, :width]))
 
 
 def no_derivative(by: str, values: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import checks, losses, measure, tree
+from mlsec_jax import checks, loop, losses, measure, tree
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer, Trainer
 from mlsec_jax.scores._by_class import no_derivative
 
@@ -51,8 +51,7 @@ def roni(
 
         def trial(key: Key) -> jax.Array:
             draw_key, train_key = jax.random.split(key)
-            order = jnp.where(clean.weight > 0, jax.random.uniform(draw_key, clean.weight.shape), jnp.inf)
-            order = jnp.argsort(order)
+            order = jnp.argsort(loop.lots(draw_key, clean.weight))
             base, quiz = (tree.take(clean, rows) for rows in (order[:num_train], order[num_train : num_train + num_quiz]))
 
             def accuracy(row: Data) -> jax.Array:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, linalg, losses
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer
 from mlsec_jax.scores._by_class import blocks
 
 
-def spectral(features_fn: ApplyFn, *, num_classes: int, centred: bool = True, num_steps: int = 16) -> Scorer:
+def spectral(
+    features_fn: ApplyFn, *, num_classes: int, centred: bool = True, num_steps: int = 16, tolerance: float = 1e-4
+) -> Scorer:
     """The squared projection on the top singular vector of the centred features of the row's class.
 
     `τ_i = ((φ(x_i) - μ_y) · v_y)²`, v_y the first right singular vector of the matrix of rows `φ(x_j) - μ_y`, `y_j = y`.
@@ -26,7 +29,9 @@ def spectral(features_fn: ApplyFn, *, num_classes: int, centred: bool = True, nu
       num_classes: static; labels are integers below it.
       centred: False scores `|φ(x_i) · v_y|` without centring it, as the original code does (v is of the centred matrix
         there too): it ranks by the class mean as well, and is here for comparison only.
-      num_steps: of a round of Lanczos, static; rounds follow until `linalg.top_eigenvector`'s tolerance is met.
+      num_steps: of a round of Lanczos, static; rounds follow until the tolerance is met.
+      tolerance: of v, positive: `‖C v - λ v‖ ≤ tolerance λ`, C the class's covariance; v's own error is that times
+        `λ / (λ - λ₂)`.
 
     Returns:
       A `Scorer`; rows of weight 0 score 0.
@@ -35,12 +40,13 @@ def spectral(features_fn: ApplyFn, *, num_classes: int, centred: bool = True, nu
     """
     checks.count("num_classes", num_classes, 1)
     checks.count("num_steps", num_steps, 1)
+    checks.above("tolerance", tolerance, 0)
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         del known
         checks.labels("data.y", data.y, data.weight, num_classes)
         h = features_fn(params, losses.present(data).x)
-        h = h.reshape(h.shape[0], -1)
+        h = h.reshape(h.shape[0], -1).astype(np.promote_types(h.dtype, np.float32))
         block = blocks(data, num_classes)
         common = jax.lax.stop_gradient(h[block.rows[0, 0]])  # a shift of all features changes nothing but the rounding
         near, weight = block.take(h) - common[None, None], block.take(data.weight.astype(h.dtype))
@@ -60,7 +66,8 @@ def spectral(features_fn: ApplyFn, *, num_classes: int, centred: bool = True, nu
             moved, along = jax.lax.map(each, (near, weight, u[block.label], offset))
             return (block.total(moved) - mean * block.total(along)[:, None]) / size
 
-        v = linalg.top_eigenvector(scatter, jax.random.normal(key, mean.shape, h.dtype), num_steps=num_steps)
+        start = jax.random.normal(key, mean.shape, h.dtype)
+        v = linalg.top_eigenvector(scatter, start, num_steps=num_steps, tolerance=tolerance)
         origin = mean if centred else -jnp.broadcast_to(common, mean.shape)
         reach = jax.lax.map(lambda part: part[0] @ part[1] - part[2],
                             (near, v[block.label], jnp.sum(origin * v, axis=1)[block.label]))  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import checks, losses, tree
+from mlsec_jax import checks, loop, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer
 
 
@@ -24,7 +24,7 @@ def strip(
 
     Args:
       apply_fn: `(params, x, key=None) -> logits [n, c]`.
-      num_overlays: N, static, at most the rows of `known.clean`; 100 in the authors' code.
+      num_overlays: N, static, at most the present rows of `known.clean`; 100 in the authors' code.
       mix: (a, b); (1, 1) as in the authors' code, whose sums leave the box of the inputs, (½, ½) to stay in it.
       over: `"map"`, one overlay after another, or `"vmap"`, all at once.
 
@@ -39,10 +39,10 @@ def strip(
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         clean = known.require("clean", by="scores.strip")
-        if num_overlays > clean.num_rows:
-            raise ValueError(f"num_overlays: expected at most the {clean.num_rows} rows of known.clean, got {num_overlays}.")
-        drawn = jnp.where(clean.weight > 0, jax.random.gumbel(key, clean.weight.shape), -jnp.inf)
-        chance, rows = jax.lax.top_k(drawn, num_overlays)
+        there = checks.num_present(clean)
+        if num_overlays > there:
+            raise ValueError(f"num_overlays: expected at most the {there} rows of known.clean, got {num_overlays}.")
+        rows = jnp.argsort(loop.lots(key, clean.weight))[:num_overlays]
         overlays = tree.take(losses.present(clean).x, rows)
         a, b = (jnp.asarray(v) for v in mix)
         lay = lambda x, o: a.astype(x.dtype) * x + b.astype(x.dtype) * o[None]
@@ -53,7 +53,7 @@ def strip(
             return -jnp.sum(jnp.exp(log_p) * log_p, axis=1) / jnp.log(jnp.asarray(2, log_p.dtype))
 
         each = tree.each(entropy, overlays, over=over)
-        real = jnp.isfinite(chance).astype(each.dtype)
+        real = (clean.weight[rows] > 0).astype(each.dtype)
         score = -real @ each / jnp.maximum(jnp.sum(real), 1)
         logits = jax.eval_shape(apply_fn, params, x)
         return jnp.where(data.weight > 0, score, -jnp.log2(jnp.asarray(logits.shape[1], score.dtype)))
@@ -76,4 +76,4 @@ def gaussian_threshold(scores: jax.Array, *, false_alarms: Any, weight: Any = No
     weight = jnp.ones_like(scores) if weight is None else weight
     mean = losses.weighted_mean(scores, weight)
     deviation = jnp.sqrt(losses.weighted_mean(jnp.square(scores - mean), weight))
-    return mean + deviation * jax.scipy.stats.norm.ppf(1 - jnp.asarray(false_alarms, scores.dtype))
+    return mean + deviation * jax.scipy.special.ndtri(1 - jnp.asarray(false_alarms, scores.dtype))

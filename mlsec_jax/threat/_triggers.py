@@ -38,6 +38,11 @@ def _boxed(pattern: Any, lo: Any, hi: Any) -> jax.Array:
     return jnp.clip(pattern, jnp.asarray(lo, pattern.dtype), jnp.asarray(hi, pattern.dtype))
 
 
+def _floating(pattern: Any) -> jax.Array:
+    pattern = jnp.asarray(pattern)
+    return pattern if tree.is_float(pattern) else pattern.astype(jnp.result_type(float))
+
+
 def patch(pattern: Any, *, at: tuple[int, int] | None = (-1, -1), mask: Any = None, lo: Any = 0.0, hi: Any = 1.0) -> Trigger:
     """A small image pasted over the input: `x[place] = (1 - m) x[place] + m pattern`.
 
@@ -59,7 +64,7 @@ def patch(pattern: Any, *, at: tuple[int, int] | None = (-1, -1), mask: Any = No
     >>> white(None, jnp.zeros((1, 3, 3, 1)))[0, :, :, 0].tolist()
     [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    pattern = jnp.asarray(pattern)
+    pattern = _floating(pattern)
     if pattern.ndim != 3:
         raise ValueError(f"pattern: expected [h, w, c], got shape {pattern.shape}.")
     height, width, _ = pattern.shape
@@ -121,7 +126,7 @@ def corners(pattern: Any, *, mask: Any = None, lo: Any = 0.0, hi: Any = 1.0) -> 
 
     References: Turner, Tsipras & Madry, arXiv:1912.02771, section 5 (data augmentation).
     """
-    pattern = jnp.asarray(pattern)
+    pattern = _floating(pattern)
     mirror = lambda array, place: array[:: -1 if place[0] == 0 else 1, :: -1 if place[1] == 0 else 1]
     pieces = []
     for place in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
@@ -181,20 +186,22 @@ def additive(pattern: Any, *, radius: Any, lo: Any = 0.0, hi: Any = 1.0) -> Trig
     return Trigger(pattern, stamp, lambda pattern: _boxed(pattern, -jnp.asarray(radius), radius))
 
 
-def stripes(shape: tuple[int, ...], *, amplitude: Any, period: int = 2) -> Trigger:
+def stripes(shape: tuple[int, ...], *, amplitude: Any, period: int = 2, lo: Any = 0.0, hi: Any = 1.0) -> Trigger:
     """Every `period`-th row of the image is brighter by `amplitude`: `additive`, not to be seen where that is small.
 
     Args:
       shape: of one image, `(h, w, c)`.
       amplitude: non-negative (10/255 in Cinà et al.).
       period: rows from one stripe to the next, at least 2.
+      lo: least value of an input.
+      hi: greatest value.
 
     References: Cinà et al., "Backdoor Learning Curves", arXiv:2106.07214 (the invisible trigger).
     """
     checks.count("period", period, 2)
     striped = jnp.asarray(np.arange(shape[0]) % period == 0, jnp.result_type(float))
     pattern = jnp.asarray(amplitude, striped.dtype) * jnp.broadcast_to(striped.reshape(-1, *[1] * (len(shape) - 1)), shape)
-    return additive(pattern, radius=amplitude)
+    return additive(pattern, radius=amplitude, lo=lo, hi=hi)
 
 
 def warp(key: Key, shape: tuple[int, int], *, strength: Any = 0.5, grid: int = 4) -> Trigger:

@@ -64,6 +64,9 @@ def test_heat_in_units_of_clean_images_is_heat_before_it_is_scaled():
         np.testing.assert_allclose(found, np.quantile(raw.max((1, 2)), quantile), rtol=1e-5)
     with pytest.raises(ValueError, match="peak"):
         defenses.grad_cam(split, peak=0.0)
+    for labels in (jnp.array([0, 99]), jnp.array([-1, 0])):
+        with pytest.raises(ValueError, match=r"labels: expected labels in \[0, "):
+            defenses.grad_cam(split)(params, x[:2], labels)
     with pytest.raises(ValueError, match="quantile"):
         defenses.usual_peak(split, params, x, quantile=1.5)
 

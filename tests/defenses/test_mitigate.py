@@ -94,8 +94,28 @@ def test_absent_rows_change_nothing():
     repaired, info = defenses.unlearn_trigger(bilevel.unrolled(losses.cross_entropy(apply_fn), optax.sgd(0.5), 5))(
         KEY, backdoored(), known
     )
-    assert info["stamped"].sum() == 6 and not info["stamped"][:5].any()
+    plain = defenses.unlearn_trigger(lambda key, params, data: (params, {}))(KEY, backdoored(), KNOWN)[1]
+    np.testing.assert_array_equal(info["stamped"], jnp.concatenate([jnp.zeros(5, bool), plain["stamped"]]))
+    assert info["stamped"].sum() == 6
     assert np.isfinite(repaired["head"]["w"]).all()
+
+
+@pytest.mark.parametrize("n, fraction, expected", [(100, 0.29, 29), (5000, 0.502, 2510), (3, 0.999, 2)])
+def test_a_share_is_rounded_down_and_no_further(n, fraction, expected):
+    clean = mj.dataset(jnp.zeros((n, 4)), jnp.zeros(n, jnp.int32))
+    unlearn = defenses.unlearn_trigger(lambda key, params, data: (params, {}), fraction=fraction)
+    assert unlearn(KEY, None, KNOWN.replace(clean=clean))[1]["stamped"].sum() == expected
+
+
+def test_a_share_of_the_neurons_is_rounded_down_and_no_further():
+    """29 of 100 neurons of falling gaps, 1 to 0.01, each lit as much."""
+    gaps = jnp.linspace(1, 0.01, 100)
+    stamp = lambda key, x: x + gaps[None]
+    data = mj.dataset(jnp.zeros((1, 100)), jnp.zeros(1, jnp.int32))
+    watch = defenses.trigger_neurons(lambda params, x: x, fraction=0.29)
+    seen = data._replace(x=gaps[None])
+    score = watch(KEY, None, seen, mj.Known(clean=data, trigger=stamp))
+    np.testing.assert_allclose(score[0], np.mean(np.linspace(1, 0.01, 100)[:29]), rtol=1e-6)
 
 
 def test_bad_input_is_named():

@@ -27,6 +27,16 @@ def test_noise_has_the_scale_it_is_told():
     assert noisy["steps"] == 7
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_a_leaf_of_zeros_has_a_derivative(scale):
+    params = {"zero": jnp.zeros(3), "one": jnp.ones(3)}
+    total = lambda params, scale: jax.tree.reduce(lambda a, b: a + jnp.sum(b), noisy(params, scale), 0.0)
+    noisy = lambda params, scale: defenses.noise_weights(scale)(KEY, params, mj.Known())
+    slope = jax.grad(total, argnums=(0, 1))(params, scale)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+    assert (slope[0]["zero"] == 1).all()
+
+
 def test_masked_chooses_leaves():
     repair = combine.masked(defenses.clip_weights(0.0), lambda path, leaf: path == "head")
     changed, _ = repair(KEY, PARAMS, mj.Known())

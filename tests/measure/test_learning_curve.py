@@ -202,6 +202,14 @@ def test_deviation_of_weights_and_of_coefficients_agree():
     np.testing.assert_allclose(kernel.angle, plain.angle, atol=1e-5)
 
 
+def test_angles_stay_between_nothing_and_half_a_turn():
+    w = jax.random.normal(KEY, (50, 7))
+    for sign in (1.0, -1.0):
+        angle = jax.vmap(lambda w, by=sign: measure.parameter_deviation(jnp.stack([w, by * 3 * w, w / 7])).angle)(w)
+        assert angle.min() >= 0 and angle.max() <= 1
+    assert np.isnan(measure.parameter_deviation(jnp.eye(2)[:1].repeat(2, axis=0).at[1].set(0)).angle[1])
+
+
 def test_bad_input_is_named():
     train, poisoned, *_ = data_of(dtype=np.float32)
     run = lambda **changed: measure.backdoor_learning_curve(

@@ -5,14 +5,15 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from sklearn.decomposition import FastICA
 from sklearn.metrics import silhouette_score
 
 import mlsec_jax as mj
-from mlsec_jax import combine, scores
+from mlsec_jax import bilevel, combine, loop, losses, scores
 from mlsec_jax.scores import _activation_clusters as ac
-from mlsec_jax.scores._by_class import blocks
+from mlsec_jax.scores._by_class import blocks, digest
 
 KEY = jax.random.key(0)
 identity = lambda params, x, key=None: x
@@ -147,6 +148,37 @@ def test_reclassification_says_what_a_model_without_the_cluster_takes_it_for():
     scorer = scores.activation_clusters(identity, num_classes=3, num_components=4, rule=rule)
     value = np.asarray(scorer(KEY, None, data, mj.Known()))
     assert (value[bad] > 0.9).all() and (value[own] < 0.1).all()
+
+
+@pytest.mark.parametrize("rule", ["size", "silhouette", "reclassification"])
+def test_the_order_of_the_rows_changes_no_bit_where_nothing_converges(rule):
+    rng = np.random.default_rng(0)
+    data = mj.dataset(rng.normal(size=(203, 32)).astype(np.float32), (np.arange(203) % 2).astype(np.int32))
+    data = data._replace(x=data.x.at[7].set(data.x[9]), weight=jnp.ones(203).at[7].set(2.0).at[3].set(0.0))
+    linear = lambda params, x, key=None: x @ params
+    trainer = bilevel.unrolled(losses.cross_entropy(linear), optax.sgd(0.1), 5, batching=loop.shuffled(16))
+    rules = {"size": None, "silhouette": scores.cluster_silhouette}
+    rules["reclassification"] = scores.reclassification(linear, trainer, lambda key: jnp.zeros((32, 2)))
+    scorer = jax.jit(scores.activation_clusters(identity, num_classes=2, num_steps=60, rule=rules[rule]))
+    assert not scores.cluster_activations(identity, num_classes=2, num_steps=60)(KEY, None, data).converged.all()
+    value = np.asarray(scorer(KEY, None, data, mj.Known()))
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(203)
+        shuffled = jax.tree.map(lambda leaf, order=order: leaf[order], data)
+        np.testing.assert_array_equal(scorer(KEY, None, shuffled, mj.Known()), value[order])
+
+
+def test_digests_are_even_and_of_every_bit():
+    features = (np.random.default_rng(0).uniform(size=(20_000, 30)) < 0.1).astype(np.float32)
+    features = np.unique(features, axis=0)
+    first, second = (np.asarray(each, np.uint64) for each in jax.jit(digest)(jnp.asarray(features), jnp.ones(len(features))))
+    assert np.unique(first << np.uint64(32) | second).size == len(features)
+    for each in (first, second):
+        assert np.unique(each).size > 0.999 * len(features)
+    with jax.enable_x64(True):
+        wide = jnp.asarray([[1.0, 2.0], [1.0, 2.0 + 2**-50]], jnp.float64)
+        assert len(set(digest(wide, jnp.ones(2))[0].tolist())) == 2
+        assert len(set(digest(wide[:1].repeat(2, axis=0), jnp.array([1.0, 2.0]))[0].tolist())) == 2
 
 
 def test_clusters_have_no_derivative_and_say_so():

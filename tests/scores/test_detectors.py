@@ -147,6 +147,22 @@ def test_low_loss_has_the_trainers_derivative():
         np.testing.assert_allclose(jnp.vdot(jax.grad(value)(data.x), along), central, rtol=1e-6)
 
 
+@pytest.mark.parametrize("at", [0, 4, 20])
+@pytest.mark.parametrize("name", ["strip", "roni"])
+def test_absent_clean_rows_change_no_draw(name, at):
+    data, clean = make(9), make(20, seed=1)
+    nothing = mj.dataset(jnp.full((3, 5), jnp.nan), jnp.zeros(3, jnp.int32), jnp.zeros(3))
+    padded = jax.tree.map(lambda a, b: jnp.concatenate([a[:at], b, a[at:]]), clean, nothing)
+    trainer = bilevel.unrolled(losses.cross_entropy(linear), optax.sgd(0.3), 2)
+    params = jnp.asarray(np.random.default_rng(2).normal(size=(5, 3)), jnp.float32)
+    scorer = jax.jit({
+        "strip": scores.strip(linear, num_overlays=4),
+        "roni": scores.roni(linear, trainer, num_train=4, num_quiz=5, num_trials=3),
+    }[name])  # fmt: skip
+    value = scorer(KEY, params, data, mj.Known(clean=clean))
+    np.testing.assert_array_equal(scorer(KEY, params, data, mj.Known(clean=padded)), value)
+
+
 @pytest.mark.parametrize("name", ["deep_knn", "roni"])
 def test_what_counts_has_no_derivative_and_says_so(name):
     data = make(12)
@@ -171,5 +187,8 @@ def test_bad_input_is_named():
         scores.strip(linear)(KEY, None, data, mj.Known())
     with pytest.raises(ValueError, match=r"num_overlays: expected at most the 9 rows"):
         scores.strip(linear, num_overlays=10)(KEY, jnp.zeros((5, 3)), data, known)
+    with pytest.raises(ValueError, match=r"num_overlays: expected at most the 8 rows"):
+        fewer = known.clean._replace(weight=known.clean.weight.at[0].set(0))
+        scores.strip(linear, num_overlays=9)(KEY, jnp.zeros((5, 3)), data, mj.Known(clean=fewer))
     with pytest.raises(ValueError, match=r"num_train \+ num_quiz: expected at most the 9 rows of known.clean, got 10"):
         scores.roni(linear, None, num_train=5, num_quiz=5)(KEY, None, data, known)

@@ -34,6 +34,19 @@ def test_scores_are_numpys(centred):
         np.testing.assert_allclose(np.asarray(ours)[y == c], expected, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("n, d", [(100, 64), (300, 200)])
+@pytest.mark.parametrize("shape", ["gaussian", "relu"])
+def test_small_gaps_are_resolved(n, d, shape):
+    scorer = jax.jit(scores.spectral(identity, num_classes=1))
+    for seed in range(5):
+        x = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+        x = np.maximum(x, 0) if shape == "relu" else x
+        centred = x.astype(np.float64) - x.mean(0, dtype=np.float64)
+        expected = np.square(centred @ np.linalg.svd(centred, full_matrices=False)[2][0])
+        found = scorer(KEY, None, mj.dataset(x, np.zeros(n, np.int32)), mj.Known())
+        np.testing.assert_allclose(found, expected, atol=1e-3 * expected.max())
+
+
 def test_the_published_filter_removes_the_poisons_and_as_many_of_every_class():
     data, bad = make()
     sanitize = combine.filter_top(
@@ -91,6 +104,8 @@ def test_bad_input_is_named():
     data, _ = make()
     with pytest.raises(ValueError, match=r"labels in \[0, 2\)"):
         scores.spectral(identity, num_classes=2)(KEY, None, data, mj.Known())
+    with pytest.raises(ValueError, match="tolerance: expected more than 0"):
+        scores.spectral(identity, num_classes=3, tolerance=0.0)
 
 
 def test_a_flat_spectrum_takes_more_rounds():

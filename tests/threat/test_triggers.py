@@ -31,6 +31,18 @@ def test_a_mask_is_opacity():
     np.testing.assert_allclose(out[:, 0, 1], 0.75 * IMAGES[:, 0, 1] + 0.25, rtol=1e-6)
 
 
+def test_an_integer_pattern_is_a_pattern_of_floats():
+    mask = jnp.array([[0.0, 0.25]])
+    for make in (lambda pattern: threat.patch(pattern, mask=mask), lambda pattern: threat.corners(pattern, mask=mask)):
+        np.testing.assert_array_equal(make(np.ones((1, 2, 3), np.int32))(None, IMAGES), make(jnp.ones((1, 2, 3)))(None, IMAGES))
+
+
+def test_stripes_keep_the_box_they_are_told():
+    striped = threat.stripes((8, 7, 3), amplitude=0.5, lo=-1.0, hi=2.0)(None, 2 * IMAGES - 1)
+    np.testing.assert_allclose(striped[:, ::2], 2 * IMAGES[:, ::2] - 0.5, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(striped[:, 1::2], 2 * IMAGES[:, 1::2] - 1)
+
+
 def test_a_random_place_is_uniform_and_inside():
     dot = threat.patch(jnp.full((2, 2, 1), 2.0), at=None)
     out = np.asarray(dot(KEY, jnp.zeros((4000, 3, 4, 1))))

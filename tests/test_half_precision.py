@@ -1,0 +1,61 @@
+"""Inputs of half precision: rows are counted, and matrices factored, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mlsec_jax as mj
+from mlsec_jax import defenses, measure, scores
+
+KEY = jax.random.key(0)
+identity = lambda params, x, key=None: x
+HALF = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+
+
+def rows(dtype, n=40):
+    x = np.random.default_rng(0).laplace(size=(n, 6)).astype(np.float32)
+    x[:4] += 9
+    return mj.dataset(jnp.asarray(x, dtype), jnp.arange(n, dtype=jnp.int32) % 2)
+
+
+def single(data):
+    return data._replace(x=data.x.astype(jnp.float32))
+
+
+@HALF
+def test_rows_are_counted(dtype):
+    data = mj.dataset(jnp.zeros((3000, 2), dtype), jnp.arange(3000) % 3)
+    assert data.weight.dtype == jnp.float32
+    assert jnp.cumsum(data.weight)[-1] == 3000
+    assert measure.accuracy(jnp.where(jnp.arange(3000) < 2999, data.y, 3), data) < 1
+    assert mj.dataset(data.x, data.y, np.ones(3000, bool)).weight.dtype == jnp.float32
+
+
+@HALF
+def test_scores_of_features_are_those_of_the_same_features_in_float32(dtype):
+    for make in (scores.spectral, lambda f, **options: scores.activation_clusters(f, num_components=3, **options)):
+        scorer = jax.jit(make(identity, num_classes=2))
+        ours = scorer(KEY, None, rows(dtype), mj.Known())
+        np.testing.assert_array_equal(ours, scorer(KEY, None, single(rows(dtype)), mj.Known()))
+
+
+@HALF
+def test_channels_are_bounded_in_float32_and_keep_their_dtype(dtype):
+    layer = {"w": jax.random.normal(KEY, (3, 3, 2, 12)).at[..., 5].multiply(9.0), "b": jnp.ones(12), "scale": jnp.ones(12)}
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), layer)
+    changed, info = defenses.channel_lipschitz()(KEY, half, mj.Known())
+    expected = defenses.channel_lipschitz()(KEY, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half), mj.Known())[1]
+    np.testing.assert_array_equal(info["w"]["bound"], expected["w"]["bound"])
+    assert not info["w"]["keep"][5] and info["w"]["keep"].sum() == 11
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(changed))
+
+
+@HALF
+def test_labels_are_smoothed_in_float32(dtype):
+    fit, predict = defenses.label_flip_smoothing(flip_rate=0.1, l2=0.1, num_classes=2)
+    data = rows(dtype)
+    label, info = predict(fit(KEY, None, data)[0], data.x)
+    expected, same = predict(fit(KEY, None, single(data))[0], single(data).x)
+    np.testing.assert_array_equal(label, expected)
+    np.testing.assert_array_equal(info["log_error"], same["log_error"])
