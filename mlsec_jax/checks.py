@@ -83,7 +83,7 @@ def reserved(name: str, chosen: Any, weight: Any) -> None:
         taken = int(np.sum(np.asarray(weight)[np.asarray(chosen)] > 0))
         if taken:
             raise ValueError(
-                f"{name}: expected {np.size(chosen)} reserved rows (weight 0), got {taken} that clean data already "
+                f"{name}: expected {np.size(chosen)} reserved rows (weight 0), got {taken} that are in "
                 "use: the poison budget is larger than the reserve (threat.reserve)."
             )
 

@@ -233,7 +233,8 @@ def filter_top(
         first = jnp.cumsum(count) - count
         wide = score.dtype if score.dtype.itemsize > 2 else jnp.dtype(jnp.float32)
         part = jnp.asarray(fraction, wide) * count.astype(wide)
-        removed = jnp.floor(part + 1e-6 + 4 * float(jnp.finfo(wide).eps) * part).astype(jnp.int32)  # .84 of 75 is 63
+        slack = jnp.minimum(4 * float(jnp.finfo(wide).eps) * part, 0.01) + 1e-6  # .84 of 75 is 63
+        removed = jnp.floor(part + slack).astype(jnp.int32)
         keep = present & (rank >= removed[group])
         at = lambda place: score[ordered[jnp.clip(first + place, 0, score.size - 1)]]
         kept = at(jnp.where(removed < count, removed, removed - 1))  # the highest; of none the last that went

@@ -102,6 +102,9 @@ def project_ball(v: Any, radius: Any) -> Any:
     square = functools.reduce(lambda a, b: a + b.astype(a.dtype), squares)
     length = jnp.sqrt(jnp.where(square > 0, square, 1))
     radius = jnp.asarray(radius, square.dtype)
+    if radius.size > 1 and radius.size != radius.shape[0]:
+        raise ValueError(f"radius: expected a number, or one a row, for l2, got shape {radius.shape}.")
+    radius = jnp.broadcast_to(radius.reshape(-1), square.shape)
     far = lambda leaf: tree.per_row(square > jnp.square(radius), leaf)
     part = lambda leaf: tree.per_row(radius / length, leaf).astype(leaf.dtype)
     return jax.tree.map(lambda leaf: jnp.where(far(leaf), leaf * part(leaf), leaf), v)

@@ -40,14 +40,14 @@ def mask_of(tree: Any, where: Where = None) -> Any:
     )
 
 
-def _array(leaf: Any) -> Any:
+def array(leaf: Any) -> Any:
     """A Python float as an array, everything else as it is."""
     return jnp.asarray(leaf) if isinstance(leaf, float) else leaf
 
 
 def _as_bool(chosen: Any) -> bool:
     """A leaf of a mask; a string or a number, of which `bool` would be true, raises."""
-    if not isinstance(chosen, bool | np.bool_):
+    if not isinstance(chosen, bool) and np.asarray(chosen).dtype.kind != "b":
         raise ValueError(f"mask: expected None, a pytree of bools or (path, leaf) -> bool, got {chosen!r}.")
     return bool(chosen)
 
@@ -60,7 +60,7 @@ def name(path: Any) -> str:
 def partition(tree: Any, where: Where = None) -> tuple[Any, Any]:
     """Splits a tree into `(chosen, rest)`, arrays and the others: None stands in place of the other's leaves."""
     mask = mask_of(tree, where)
-    chosen = jax.tree.map(lambda leaf, keep: _array(leaf) if keep else None, tree, mask)
+    chosen = jax.tree.map(lambda leaf, keep: array(leaf) if keep else None, tree, mask)
     rest = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, mask)
     return chosen, rest
 

@@ -195,7 +195,7 @@ def require_alive(infos: Any) -> None:
     Args:
       infos: what `combine.run` returned.
     """
-    if "finite" in infos and not jnp.any(infos["finite"]):
+    if jnp.size(infos.get("finite", ())) and not jnp.any(infos["finite"]):
         raise ValueError(
             "attacks.bilevel: no step had a finite gradient: training diverges, or its optimizer has no derivative where a "
             "parameter never moves (optax.adam with eps_root = 0)."

@@ -147,7 +147,7 @@ def feature_collision(
         pull = 2 * size * penalty
         trial = threat.project((forward + pull * state.base) / (1 + pull), subject)
         value = pick(value, state.value)
-        there = subject.weight[rows] > 0
+        there = threat.embed(state.poison, subject).weight[rows] > 0
         outer = _craft.mean_row(jnp.where(there, value, 0), there)
         report = {"outer": outer, "value": value, "accepted": accepted, "step_size": sizes}
         return CollisionState(poison, trial, state.base, value, gradient, sizes, state.aim), report

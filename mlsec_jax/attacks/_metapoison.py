@@ -93,7 +93,9 @@ def metapoison(
 
     def init(key: Key, subject: Data, known: Known) -> MetaPoisonState:
         checks.data("subject", subject)
-        checks.data("known.goal", known.require("goal", by="attacks.metapoison"))
+        goal = known.require("goal", by="attacks.metapoison")
+        if isinstance(goal, Data):
+            checks.data("known.goal", goal)
         threat_key, net_key, train_key = jax.random.split(key, 3)
         poison = threat.project(threat.init(threat_key, subject), subject)
         plan = plan_of(subject)

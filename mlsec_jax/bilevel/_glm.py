@@ -124,7 +124,8 @@ def _rows_of(data: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Flat inputs, labels and weights; an absent row has the inputs 0 and a label that some row has."""
     rowed, there = losses.present(data), data.weight > 0
     x = rowed.x.reshape(rowed.x.shape[0], -1)
-    return x, jnp.where(there, rowed.y, rowed.y[jnp.argmax(there)]), data.weight.astype(x.dtype)
+    y = jnp.asarray(rowed.y)
+    return x, jnp.where(there, y, y[jnp.argmax(there)]), data.weight.astype(x.dtype)
 
 
 def _gram_of(x: jax.Array, weight: jax.Array, known_gram: Any, rows: Any) -> jax.Array:

@@ -212,8 +212,7 @@ def _read(setting: _Setting, flat: _Flat, state: ReversibleState) -> Params:
     return flat.unravel(jnp.where(state.overflow, jnp.nan, weights))
 
 
-def _is_real(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+_is_real = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _pull_back(
@@ -252,9 +251,7 @@ def _pull_back(
     mismatches = _mismatches(first, _start(setting, flat, params))
     void = state.overflow | (mismatches > 0)
 
-    def sound(x: jax.Array) -> jax.Array:
-        return jnp.where(void, jnp.nan, x)
-
+    sound = lambda x: jnp.where(void, jnp.nan, x)
     fresh = iter(jax.tree.map(sound, d_real))
     d_args = jax.tree.unflatten(treedef, [next(fresh) if _is_real(leaf) else None for leaf in leaves])
     return sound(d_rates), flat.unravel(sound(d_weights)), d_args, mismatches
@@ -278,15 +275,17 @@ def _train_backward(setting: _Setting, kept: Any, cotangents: Any) -> tuple[jax.
     return _first_order(_pull_back(setting, _Flat.of(params), rates, params, args, state, cotangents[0])[:3])
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def _first_order(derivative: Any) -> Any:
     """The same; integers have no derivative, so that a second one would be wrong."""
     return derivative
 
 
-@_first_order.defjvp
-def _no_second_order(primals: Any, tangents: Any) -> Any:
+def _no_second_order(kept: None, cotangent: Any) -> Any:
     raise ValueError("reversal: the derivative of 'exact' runs on integers and can't be differentiated again; take 'stored'.")
+
+
+_first_order.defvjp(lambda derivative: (derivative, None), _no_second_order)
 
 
 _train.defvjp(_train_forward, _train_backward)

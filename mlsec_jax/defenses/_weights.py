@@ -26,6 +26,7 @@ def clip_weights(radius: Any) -> Transform:
 
     def transform(key: Key, subject: Params, known: Known) -> tuple[Params, Info]:
         del key, known
+        subject = jax.tree.map(tree.array, subject)
         limit = lambda leaf: jnp.asarray(radius, leaf.dtype)
         clip = lambda leaf: jnp.clip(leaf, -limit(leaf), limit(leaf)) if tree.is_float(leaf) else leaf
         leaves = [leaf for leaf in jax.tree.leaves(subject) if tree.is_float(leaf)]
@@ -52,7 +53,7 @@ def noise_weights(scale: Any) -> Transform:
 
     def transform(key: Key, subject: Params, known: Known) -> tuple[Params, Info]:
         del known
-        leaves, structure = jax.tree.flatten(subject)
+        leaves, structure = jax.tree.flatten(jax.tree.map(tree.array, subject))
         moved, square = [], jnp.zeros(())
         for k, leaf in zip(jax.random.split(key, max(len(leaves), 1)), leaves):
             if tree.is_float(leaf):

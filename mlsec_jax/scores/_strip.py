@@ -53,7 +53,7 @@ def strip(
             return -jnp.sum(jnp.exp(log_p) * log_p, axis=1) / jnp.log(jnp.asarray(2, log_p.dtype))
 
         each = tree.each(entropy, overlays, over=over)
-        real = (clean.weight[rows] > 0).astype(each.dtype)
+        real = (jnp.asarray(clean.weight)[rows] > 0).astype(each.dtype)
         score = -real @ each / jnp.maximum(jnp.sum(real), 1)
         logits = jax.eval_shape(apply_fn, params, x)
         return jnp.where(data.weight > 0, score, -jnp.log2(jnp.asarray(logits.shape[1], score.dtype)))

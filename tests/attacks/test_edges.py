@@ -105,6 +105,16 @@ def test_largest_gradients_passes_over_counters():
     np.testing.assert_array_equal(found, attacks.largest_gradients(loss_fn, rows, known, label=1, num_rows=2)[0])
 
 
+def test_reserved_rows_collide_too():
+    rows, known = problem()
+    free = threat.reserve(rows, jax.tree.map(lambda leaf: leaf[:2], rows))
+    reach = threat.append_rows(2, lo=-9, hi=9)
+    attack = combine.keep_best(attacks.feature_collision(linear, threat=reach, beta=0.1, step_size=0.1))
+    _, infos = combine.run(attack, KEY, free, known, num_steps=4)
+    np.testing.assert_allclose(infos["outer"], infos["value"].mean(axis=1), rtol=1e-6)
+    assert infos["outer"][-1] < infos["outer"][0]
+
+
 def crafted(threat_rows):
     reach = threat.perturb_rows(threat_rows, radius=0.2)
     return {

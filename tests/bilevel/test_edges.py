@@ -42,8 +42,10 @@ def test_a_python_number_among_the_parameters_is_trained(name):
 
 
 def test_a_mask_that_is_none_is_refused():
+    start = {"w": jnp.zeros(3), "b": jnp.zeros(())}
+    chosen, rest = mj.tree.partition(start, {"w": jnp.array(True), "b": np.array(False)})
+    assert chosen["b"] is None and rest["w"] is None
     with pytest.raises(ValueError, match="mask: expected None, a pytree of bools"):
-        start = {"w": jnp.zeros(3), "b": jnp.zeros(())}
         bilevel.unrolled(losses.squared(linear), optax.sgd(0.1), 3, trainable="w")(KEY, start, problem())
 
 
@@ -60,7 +62,7 @@ def test_glm_does_not_see_absent_rows():
     assert bilevel.glm(losses.logistic, l2=0.1)(KEY, start, mj.Data(x, labels, weight))[1]["stationarity"] < 1e-10
 
 
-def hessian_error(train):
+def hessian_error(train, hessian=jax.hessian):
     """Relative distance of the second derivative in one training input from differences of the first."""
     data, start = problem(), {"w": 0.1 * jnp.ones(3), "b": jnp.zeros(())}
     y = (data.y > 3).astype(jnp.int32)
@@ -71,13 +73,25 @@ def hessian_error(train):
 
     row, h = data.x[0], 1e-5
     columns = [(jax.grad(outer)(row + h * e) - jax.grad(outer)(row - h * e)) / (2 * h) for e in jnp.eye(3)]
-    return float(jnp.linalg.norm(jax.hessian(outer)(row) - jnp.stack(columns)) / jnp.linalg.norm(jnp.stack(columns)))
+    return float(jnp.linalg.norm(hessian(outer)(row) - jnp.stack(columns)) / jnp.linalg.norm(jnp.stack(columns)))
 
 
 def test_second_derivatives_are_right_or_refused():
     assert hessian_error(bilevel.glm(losses.logistic, l2=0.1)) < 1e-8
+    exact = bilevel.back_gradient(losses.logistic(linear), 0.1, 5, momentum=0.9, reversal="exact")
     with pytest.raises(ValueError, match="can't be differentiated again; take 'stored'"):
-        hessian_error(bilevel.back_gradient(losses.logistic(linear), 0.1, 5, momentum=0.9, reversal="exact"))
+        hessian_error(exact, lambda fn: jax.jacrev(jax.grad(fn)))
+    with pytest.raises(TypeError, match="forward-mode"):
+        hessian_error(exact)
+
+
+def test_a_derivative_of_exact_that_stands_still_may_be_part_of_another():
+    data, start = problem(), {"w": 0.1 * jnp.ones(3), "b": jnp.zeros(())}
+    train = bilevel.back_gradient(losses.squared(linear), 0.1, 5, momentum=0.5, reversal="exact")
+    goal = losses.goal_loss(losses.squared(linear))
+    value = lambda x: goal(train(KEY, start, data._replace(x=x))[0], data, data)
+    still = jax.grad(lambda x: jnp.sum(jax.lax.stop_gradient(jax.grad(value)(x)) * x))(data.x)
+    np.testing.assert_allclose(still, jax.grad(value)(data.x), rtol=1e-12)
 
 
 def test_newton_leaves_a_saturated_start():

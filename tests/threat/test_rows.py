@@ -21,6 +21,16 @@ def test_an_l2_ball_is_of_the_whole_row():
     jax.tree.map(np.testing.assert_array_equal, threat.perturb_rows([0, 1], radius=0.0, norm="l2").project(poison, data), data.x)
 
 
+def test_an_l2_radius_may_be_each_rows_own():
+    data = mj.dataset(jnp.zeros((2, 4)), jnp.zeros(2, jnp.int32))
+    reach = lambda radius: threat.perturb_rows(jnp.arange(2), radius=radius, norm="l2", lo=-9, hi=9)
+    for radius in (jnp.array([[0.1], [0.2]]), jnp.array([0.1, 0.2])):
+        moved = reach(radius).project(data.x + 1, data)
+        np.testing.assert_allclose(np.linalg.norm(moved, axis=1), [0.1, 0.2], rtol=1e-6)
+    with pytest.raises(ValueError, match="radius: expected a number, or one a row"):
+        reach(jnp.ones((2, 4))).project(data.x, data)
+
+
 def test_a_box_has_an_inside_and_reserved_rows_keep_their_numbers():
     with pytest.raises(ValueError, match="lo: expected at most hi, got 1 and 0"):
         threat.append_rows(1, lo=1, hi=0)
