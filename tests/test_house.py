@@ -18,7 +18,7 @@ FLOOR_0 = {"base", "checks", "tree", "linalg"}
 SHARED = {  # what several files of one room share; a method never imports a sibling method
     "attacks": {"_bilevel", "_craft", "_matching"},
     "catalogue": {"_method", "_attacks", "_defenses"},
-    "bilevel": {"_kernels", "_unrolled", "_reversible", "_fixed_point", "_jaxopt"},
+    "bilevel": {"_kernels", "_unrolled", "_reversible", "_fixed_point", "_hoist", "_jaxopt"},
     "data": {"_folders"},
     "defenses": {"_invert_trigger", "_mixing"},
     "measure": {"_interval"},

@@ -14,7 +14,8 @@ import optax
 
 from mlsec_jax import checks, loop, tree
 from mlsec_jax.base import Data, Info, Key, LossFn, Params, Trainer
-from mlsec_jax.bilevel._reversible import as_fraction, hoist, reversible_sgd
+from mlsec_jax.bilevel._hoist import hoist
+from mlsec_jax.bilevel._reversible import as_fraction, reversible_sgd
 from mlsec_jax.bilevel._unrolled import final_info, plain_scan, unrolled
 
 REVERSALS = ("stored", "approximate", "fixed_point", "exact")

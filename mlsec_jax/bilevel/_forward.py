@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from mlsec_jax import checks, loop, tree
 from mlsec_jax.base import Data, Info, Key, LossFn, Params, Trainer
-from mlsec_jax.bilevel._reversible import hoist
+from mlsec_jax.bilevel._hoist import hoist
 from mlsec_jax.bilevel._unrolled import final_info
 
 

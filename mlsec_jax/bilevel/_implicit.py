@@ -12,8 +12,8 @@ from jax.flatten_util import ravel_pytree
 
 from mlsec_jax import checks, linalg, tree
 from mlsec_jax.base import Data, Info, Key, Params, Trainer
+from mlsec_jax.bilevel._hoist import hoist
 from mlsec_jax.bilevel._jaxopt import jaxopt
-from mlsec_jax.bilevel._reversible import hoist
 from mlsec_jax.losses import Objective
 
 Solver = Callable[..., tuple[Params, Info]]  # (objective, params, data) -> (params, info)

@@ -15,7 +15,6 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,8 +22,8 @@ from mlsec_jax import checks
 from mlsec_jax.base import Info, Params
 from mlsec_jax.bilevel import _fixed_point as fixed
 from mlsec_jax.bilevel._fixed_point import Words
+from mlsec_jax.bilevel._hoist import GradFn, hoist
 
-GradFn = Callable[[Params, jax.Array, Any], Params]  # (params, step, args) -> gradient, a pytree like params
 _FRACTION_BITS = {"float32": 44, "float64": 50}
 
 
@@ -212,7 +211,8 @@ def _read(setting: _Setting, flat: _Flat, state: ReversibleState) -> Params:
     return flat.unravel(jnp.where(state.overflow, jnp.nan, weights))
 
 
-_is_real = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+def _is_real(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _pull_back(
@@ -289,22 +289,6 @@ _first_order.defvjp(lambda derivative: (derivative, None), _no_second_order)
 
 
 _train.defvjp(_train_forward, _train_backward)
-
-
-def hoist(grad_fn: GradFn, params: Params, args: Any) -> tuple[GradFn, list[Any]]:
-    """The gradient as a function of `(params, step, (args, hoisted))`, with the tracers it closes over in `hoisted`."""
-    closed, shape = jax.make_jaxpr(grad_fn, return_shape=True)(params, jnp.int32(0), args)
-    treedef = jax.tree.structure(shape)
-    is_open = [not checks.is_concrete(const) for const in closed.consts]
-
-    def pure_fn(params: Params, step: jax.Array, both: Any) -> Params:
-        args, hoisted = both
-        fresh = iter(hoisted)
-        consts = [next(fresh) if opened else const for opened, const in zip(is_open, closed.consts)]
-        run = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(closed.jaxpr, consts))
-        return jax.tree.unflatten(treedef, run(*jax.tree.leaves((params, step, args))))
-
-    return pure_fn, [const for opened, const in zip(is_open, closed.consts) if opened]
 
 
 @dataclasses.dataclass(frozen=True)
