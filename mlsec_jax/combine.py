@@ -231,10 +231,7 @@ def filter_top(
         score = jnp.where(jnp.isnan(score), jnp.inf, score)  # what has no score is not to be trusted
         ordered, rank, count = linalg.ranked(-score, jnp.where(present, group, num_classes or 1), num_classes or 1)
         first = jnp.cumsum(count) - count
-        wide = score.dtype if score.dtype.itemsize > 2 else jnp.dtype(jnp.float32)
-        part = jnp.asarray(fraction, wide) * count.astype(wide)
-        slack = jnp.minimum(4 * float(jnp.finfo(wide).eps) * part, 0.01) + 1e-6  # .84 of 75 is 63
-        removed = jnp.floor(part + slack).astype(jnp.int32)
+        removed = linalg.whole_share(fraction, count, score.dtype)
         keep = present & (rank >= removed[group])
         at = lambda place: score[ordered[jnp.clip(first + place, 0, score.size - 1)]]
         kept = at(jnp.where(removed < count, removed, removed - 1))  # the highest; of none the last that went
@@ -331,15 +328,16 @@ def defended(
             raise ValueError("during: expected a trainer that runs the SGD loop (it has `batched`), got one without.")
         inner = trainer.batched(during)
 
-    def sees(key: Key, params: Params, data: Data) -> Known:
-        """What the sanitizers know: with one that reads a model, a probe trained on the unfiltered data."""
-        if not needs_model(sanitize):
-            return known
-        return known.replace(params=trainer(jax.random.split(key, 4)[0], params, data)[0])
+    def sanitized(key: Key, params: Params, data: Data) -> tuple[Data, Info, Key, Key]:
+        """The data that the victim trains on, the sanitizers' info, and the keys of what comes after."""
+        probe_key, before_key, train_key, after_key = jax.random.split(key, 4)
+        seen = known
+        if needs_model(sanitize):
+            seen = known.replace(params=trainer(probe_key, params, data)[0])
+        return *sanitize(before_key, data, seen), train_key, after_key
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
-        _, before_key, train_key, after_key = jax.random.split(key, 4)
-        clean, before_info = sanitize(before_key, data, sees(key, params, data))
+        clean, before_info, train_key, after_key = sanitized(key, params, data)
         trained, train_info = inner(train_key, params, clean)
         trained, after_info = repair(after_key, trained, known)
         info = {"before": before_info, "train": train_info, "after": after_info, "weight": clean.weight}
@@ -350,8 +348,7 @@ def defended(
 
     def probe(key: Key, params: Params, data: Data, cotangent: Params) -> dict[str, jax.Array]:
         """What the inner trainer says of itself; which rows were kept is part of the `pattern`."""
-        _, before_key, train_key, after_key = jax.random.split(key, 4)
-        clean, _ = sanitize(before_key, data, sees(key, params, data))
+        clean, _, train_key, after_key = sanitized(key, params, data)
         if after:
             trained, _ = inner(train_key, params, clean)
             (cotangent,) = jax.vjp(lambda p: repair(after_key, p, known)[0], trained)[1](cotangent)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from mlsec_jax import tree
@@ -128,7 +129,7 @@ def nearest_in_hull(gram: jax.Array) -> jax.Array:
     [0.5, 0.5]
     """
     k, given = gram.shape[0], gram.dtype
-    gram = gram.astype(given if given.itemsize > 2 else jnp.float32)  # which half precision has no solver for
+    gram = gram.astype(np.promote_types(given, np.float32))  # which half precision has no solver for
     diagonal = jnp.diagonal(gram)
     scale = jnp.max(diagonal)
     gram = gram / jnp.where(scale > 0, scale, 1)
@@ -213,6 +214,19 @@ def ranked(score: jax.Array, group: jax.Array, num_groups: int) -> tuple[jax.Arr
     count = jnp.sum(member, axis=1, dtype=jnp.int32)
     place = jnp.zeros(score.shape, jnp.int32).at[order].set(jnp.arange(score.size, dtype=jnp.int32))
     return order, place - (jnp.cumsum(count) - count)[group], count
+
+
+def root(square: jax.Array) -> jax.Array:
+    """`√s`, with derivative 0 where s is 0."""
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def whole_share(fraction: Any, count: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """`⌊fraction · count⌋` of a decimal fraction, whose product rounding may leave just below a whole number."""
+    wide = np.promote_types(dtype, np.float32)
+    part = jnp.asarray(fraction, wide) * count.astype(wide)
+    slack = jnp.minimum(4 * float(jnp.finfo(wide).eps) * part, 0.01) + 1e-6  # .84 of 75 is 63
+    return jnp.floor(part + slack).astype(jnp.int32)
 
 
 def inverse_root(square: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ def lots(key: Key, weight: jax.Array) -> jax.Array:
 
 def take_batch(data: Data, rows: jax.Array, mask: jax.Array) -> Data:
     """The rows of one step, their weights multiplied by the mask."""
-    batch = tree.take(jax.tree.map(jnp.asarray, data), rows)
+    batch = tree.take(data, rows)
     return batch._replace(weight=batch.weight * mask.astype(batch.weight.dtype))
 
 

@@ -93,7 +93,12 @@ def add_scaled(a: Any, scale: Any, b: Any) -> Any:
 
 def take(tree: Any, rows: Any) -> Any:
     """The given rows of every leaf."""
-    return jax.tree.map(lambda leaf: leaf[rows], tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tree)
+
+
+def put(tree: Any, rows: Any, values: Any) -> Any:
+    """The same with the given rows of every leaf replaced, in its dtype."""
+    return jax.tree.map(lambda leaf, new: jnp.asarray(leaf).at[rows].set(new.astype(leaf.dtype)), tree, values)
 
 
 def each(fn: Callable[..., Any], *operands: Any, over: str) -> Any:

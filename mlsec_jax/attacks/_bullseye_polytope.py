@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mlsec_jax import linalg
 from mlsec_jax.attacks import _craft
 from mlsec_jax.base import Algorithm, ApplyFn, Data, Key, Params, Threat
 
@@ -55,6 +56,4 @@ def bullseye_polytope(
 
 def _relative(difference: jax.Array, target: jax.Array) -> jax.Array:
     """`‖difference‖ / ‖target‖`, whose derivative at zero is zero."""
-    square = jnp.sum(difference**2)
-    length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-    return length / jnp.sqrt(_craft.square(target))
+    return linalg.root(jnp.sum(difference**2)) / jnp.sqrt(_craft.square(target))

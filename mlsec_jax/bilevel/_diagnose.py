@@ -54,7 +54,7 @@ def diagnose(
     probe = trainer.probe if isinstance(trainer, Trainer) else (lambda *args: {})
 
     def with_rows(x: Any) -> Data:
-        return data._replace(x=jax.tree.map(lambda leaf, part: leaf.at[chosen].set(part), data.x, x))
+        return data._replace(x=tree.put(data.x, chosen, x))
 
     def value(x: Any) -> jax.Array:
         moved = with_rows(x)

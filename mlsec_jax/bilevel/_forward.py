@@ -73,8 +73,8 @@ def forward(
         float_cotangent, _ = tree.partition(cotangent)
 
         def with_rows(vector: jax.Array) -> Params:
-            x = jax.tree.map(lambda leaf, part: jnp.asarray(leaf).at[chosen].set(part), data.x, unravel(vector))
-            return tree.partition(run(params, jnp.int32(0), ((key, data._replace(x=x)), hoisted)))[0]
+            moved = data._replace(x=tree.put(data.x, chosen, unravel(vector)))
+            return tree.partition(run(params, jnp.int32(0), ((key, moved), hoisted)))[0]
 
         def along(index: jax.Array) -> jax.Array:
             basis = jnp.zeros_like(flat).at[index].set(1)

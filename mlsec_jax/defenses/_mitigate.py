@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlsec_jax import checks, loop, losses, tree
+from mlsec_jax import checks, linalg, loop, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Info, Key, Known, Params, Scorer, Trainer, Transform
 
 
@@ -78,9 +78,8 @@ def unlearn_trigger(trainer: Trainer, *, fraction: Any = 0.2) -> Transform:
         draw_key, stamp_key, train_key = jax.random.split(key, 3)
         present = clean.weight > 0
         place = jnp.argsort(jnp.argsort(loop.lots(draw_key, clean.weight)))
-        share = jnp.asarray(fraction, jnp.float32) * jnp.sum(present, dtype=jnp.float32)
-        slack = 4 * jnp.finfo(share.dtype).eps  # a share that is whole stays so: 0.29 of 100 rows are 29
-        stamped = present & (place < jnp.floor(share * (1 + slack) + 1e-6).astype(place.dtype))
+        share = linalg.whole_share(fraction, jnp.sum(present, dtype=jnp.int32))
+        stamped = present & (place < share.astype(place.dtype))
         x = jnp.where(tree.per_row(stamped, clean.x), trigger(stamp_key, clean.x), clean.x)
         params, info = trainer(train_key, subject, clean._replace(x=x))
         return params, {"stamped": stamped, "train": info}

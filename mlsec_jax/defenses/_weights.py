@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import checks, tree
+from mlsec_jax import checks, linalg, tree
 from mlsec_jax.base import Info, Key, Known, Params, Transform
 
 
@@ -57,15 +57,10 @@ def noise_weights(scale: Any) -> Transform:
         moved, square = [], jnp.zeros(())
         for k, leaf in zip(jax.random.split(key, max(len(leaves), 1)), leaves):
             if tree.is_float(leaf):
-                size = _root(jnp.mean(jnp.square(leaf)))
+                size = linalg.root(jnp.mean(jnp.square(leaf)))
                 noise = jnp.asarray(scale, leaf.dtype) * size * jax.random.normal(k, leaf.shape, leaf.dtype)
                 leaf, square = jnp.where(noise == 0, leaf, leaf + noise), square + jnp.sum(jnp.square(noise)).astype(square.dtype)
             moved.append(leaf)
-        return jax.tree.unflatten(structure, moved), {"distance": _root(square)}
+        return jax.tree.unflatten(structure, moved), {"distance": linalg.root(square)}
 
     return transform
-
-
-def _root(square: jax.Array) -> jax.Array:
-    """`√s`, with derivative 0 where s is 0."""
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Pair = tuple[int, int]
@@ -141,7 +142,7 @@ def _run_product(x, kernel, padding, batch_rule):
         x = jnp.concatenate([x[:, i : i + p] for i in range(tall)], axis=3)
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, d * blocks - q), (0, 0)))
         x, kernel = x.reshape(n * p * blocks, -1), kernel.reshape(n * p * blocks, -1)
-        exact = x.dtype if x.dtype.itemsize > 2 else jnp.float32
+        exact = np.promote_types(x.dtype, np.float32)
         part = lax.dot_general(x, kernel, (((0,), (0,)), ((), ())), preferred_element_type=exact)
         part = part.reshape(tall, d * reach, -1, d, o)
         out = part[:, :broad, :, 0]

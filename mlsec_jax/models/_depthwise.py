@@ -19,6 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -106,7 +107,7 @@ def _run_correlate(x: jax.Array, y: jax.Array, *, taps: tuple[int, int]) -> jax.
 
 def _run_correlate_cpu(x: jax.Array, y: jax.Array, *, taps: tuple[int, int]) -> jax.Array:
     """Image by image, the products of each tap summed up in an array of their own, of 32 bits at least."""
-    exact = y.dtype if y.dtype.itemsize > 2 else jnp.float32
+    exact = np.promote_types(y.dtype, np.float32)
 
     def add(totals: tuple, images: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
         padded, image = (leaf.astype(exact) for leaf in images)

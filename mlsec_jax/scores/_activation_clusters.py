@@ -11,7 +11,7 @@ import numpy as np
 
 from mlsec_jax import checks, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer, Trainer
-from mlsec_jax.scores._by_class import Blocks, blocks, digest, no_derivative
+from mlsec_jax.scores._by_class import Blocks, blocks, no_derivative, ordered
 
 
 class Clusters(NamedTuple):
@@ -320,8 +320,7 @@ def reclassification(apply_fn: ApplyFn, trainer: Trainer, init_fn: Callable[[Key
         del params
         init_key, train_key = jax.random.split(key)
         num_classes = found.share.shape[0]
-        group = jnp.where(data.weight > 0, data.y, num_classes)
-        order = jnp.lexsort((*digest(found.sources, data.weight), group))  # batches are drawn over rows where they stand
+        _, order = ordered(data, num_classes, found.sources)  # batches are drawn over rows where they stand
         rows, suspect = tree.take((data, found.cluster == 1), order)
         rest = rows._replace(weight=jnp.where(suspect, 0, rows.weight))
         trained, _ = trainer(train_key, init_fn(init_key), rest)

@@ -55,8 +55,7 @@ def blocks(data: Data, num_classes: int, most: int = 512, content: jax.Array | N
     n = data.num_rows
     size = min(most, -(-n // (2 * num_classes)))
     number = n // size + num_classes
-    group = jnp.where(data.weight > 0, data.y, num_classes).astype(jnp.int32)
-    order = jnp.lexsort((*(() if content is None else digest(content, data.weight)), group))
+    group, order = ordered(data, num_classes, content)
     count = jnp.sum(group[None] == jnp.arange(num_classes, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
     stop = jnp.cumsum(-(-count // size))
     first = stop - -(-count // size)
@@ -66,6 +65,12 @@ def blocks(data: Data, num_classes: int, most: int = 512, content: jax.Array | N
     rows = jnp.full(number * size, n, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop")
     label = jnp.searchsorted(stop, jnp.arange(number, dtype=stop.dtype), side="right")
     return Blocks(rows.reshape(number, size), jnp.minimum(label, num_classes - 1).astype(jnp.int32), first, stop)
+
+
+def ordered(data: Data, num_classes: int, content: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Each row's class, `num_classes` if it is absent, and all rows by class and then as they come, or by `content`."""
+    group = jnp.where(data.weight > 0, data.y, num_classes).astype(jnp.int32)
+    return group, jnp.lexsort((*(() if content is None else digest(content, data.weight)), group))
 
 
 def digest(content: jax.Array, weight: jax.Array, parts: int = 8) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import checks, linalg
+from mlsec_jax import checks, linalg, tree
 from mlsec_jax.base import Data, Key, Threat
 
 
@@ -52,7 +52,7 @@ def flip_labels(rows: Any, *, budget: Any) -> Threat:
         return jnp.where(moved > limit, clean + scale * (q - clean), q)
 
     def embed(poison: jax.Array, data: Data) -> Data:
-        return data._replace(y=jnp.asarray(data.y).at[jnp.asarray(rows)].set(poison.astype(data.y.dtype)))
+        return data._replace(y=tree.put(data.y, jnp.asarray(rows), poison))
 
     return Threat(init, project, embed, rows)
 
@@ -85,6 +85,6 @@ def reweigh(rows: Any, *, radius: Any) -> Threat:
         return jnp.clip(poison, jnp.maximum(base - r, 0), base + r)
 
     def embed(poison: jax.Array, data: Data) -> Data:
-        return data._replace(weight=jnp.asarray(data.weight).at[jnp.asarray(rows)].set(poison.astype(data.weight.dtype)))
+        return data._replace(weight=tree.put(data.weight, jnp.asarray(rows), poison))
 
     return Threat(init, project, embed, rows)

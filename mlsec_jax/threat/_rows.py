@@ -64,8 +64,7 @@ def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
 
     def embed(poison: Any, data: Data) -> Data:
         chosen = where(data)
-        x = jax.tree.map(lambda leaf, p: jnp.asarray(leaf).at[chosen].set(p.astype(leaf.dtype)), data.x, poison)
-        return data._replace(x=x, weight=jnp.asarray(data.weight).at[chosen].set(1))
+        return data._replace(x=tree.put(data.x, chosen, poison), weight=jnp.asarray(data.weight).at[chosen].set(1))
 
     return Threat(init, project, embed, rows)
 
@@ -126,8 +125,6 @@ def perturb_rows(
         return jax.tree.map(each, poison, clean)
 
     def embed(poison: Any, data: Data) -> Data:
-        chosen = jnp.asarray(rows)
-        x = jax.tree.map(lambda leaf, p: jnp.asarray(leaf).at[chosen].set(p.astype(leaf.dtype)), data.x, poison)
-        return data._replace(x=x)
+        return data._replace(x=tree.put(data.x, jnp.asarray(rows), poison))
 
     return Threat(init, project, embed, rows)

@@ -1,7 +1,6 @@
 """The runner, with a benchmark made up here: records, plots, resuming, the report, and what it refuses."""
 
 import base64
-import io
 import json
 import os
 import re
@@ -13,10 +12,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from benchmarks import _machine, _record, _report, _run
-from benchmarks.__main__ import show
 from benchmarks._record import Paper, Result, UsageError
 
 DEVICE = "1 x cpu"
@@ -287,25 +284,6 @@ def test_report_is_one_page_that_needs_nothing_beside_itself(fake, tmp_path):
     (image,) = page.images
     assert base64.b64decode(image.removeprefix("data:image/png;base64,")) == (tmp_path / "fake.curve.png").read_bytes()
     assert all(link.startswith(("data:", "#")) for link in page.links) and "url(" not in html and "@import" not in html
-
-
-@pytest.mark.parametrize("width", [30, 200])
-def test_what_is_shown_is_no_markup_and_no_name_is_cut(fake, tmp_path, width):
-    name, text = "a_figure_with_the_longest_of_names", "rows of the [/held-out] part"
-    console = Console(file=io.StringIO(), width=width, force_terminal=True)
-
-    def function(size, seed, context):
-        context.log(text)
-        assert list(context.progress([1], text)) == [1]
-        return Result({name: 1}, [text], {name: Paper(1, text)})
-
-    fake(function)
-    show(run(tmp_path, console=console), console)
-    said = re.sub(r"\x1b\[[\d;?]*\w", "", console.file.getvalue())  # no colours
-    joined = re.sub(r"[\s│]", "", said)
-    assert joined.count(re.sub(r"\s", "", text)) >= 2 and "[/held-out]" in said
-    column = "".join(line.split("│")[1].strip() for line in said.splitlines() if line.count("│") == 5)
-    assert column.endswith(name)
 
 
 def test_report_refuses_what_is_no_record(tmp_path):

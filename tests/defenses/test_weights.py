@@ -47,3 +47,9 @@ def test_masked_chooses_leaves():
 def test_bad_input_is_named(make):
     with pytest.raises(ValueError, match=r"radius|scale"):
         make(-1.0)
+
+
+def test_python_numbers_are_clipped_and_blurred():
+    params = {"w": jnp.ones(3), "b": 2.0}
+    assert defenses.clip_weights(1.0)(jax.random.key(0), params, mj.Known())[0]["b"] == 1
+    assert defenses.noise_weights(0.1)(jax.random.key(0), params, mj.Known())[0]["b"] != 2
