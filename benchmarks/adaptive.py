@@ -11,8 +11,10 @@ Defenses: `spectral` signatures on the pixels (the 1.5 ε of every class that re
 `fine_pruning` of a network of 64 hidden units (a budget of 4 points of held-out accuracy, then fine-tuning on clean
 digits). The first two defend softmax regression. `success_plain_none_*` is the plain attack on the undefended victim.
 Each trial is another target, another wrong label, and is asked of five victims; `_low`, `_high` are Wilson's interval of the
-trials in which most of the victims are fooled, and `success` is the share of those trials. `accuracy_..._none` is that of
-undefended victims on other digits: a victim that learned nothing would prove nothing.
+trials in which most of the victims are fooled, and `success` is the share of those trials. The same victims are asked
+without poisons (`success_clean_*`) and with the points as they start (`success_start_*`): an attack that does no better than
+these did nothing. `accuracy_*` is that of the victims on other digits, with the defense and without: a victim that
+learned nothing would prove nothing.
 
 References: Tran & al., NeurIPS 2018; Liu & al., RAID 2018; Borgnia & al., ICASSP 2021; on adaptive attacks, Tramèr & al.,
 "On Adaptive Attacks to Adversarial Example Defenses", NeurIPS 2020.
@@ -35,6 +37,7 @@ from mlsec_jax import attacks, bilevel, channels, combine, defenses, loop, losse
 
 POISONS, PER_CLASS, VICTIMS = 10, 50, 5
 EPSILON = POISONS / (PER_CLASS + POISONS)
+KINDS = ("clean", "start", "plain", "adaptive")
 
 
 class Size(NamedTuple):
@@ -93,21 +96,25 @@ def trial(name: str, steps: int, key: jax.Array, target: jax.Array, label: jax.A
     goal = mj.dataset(target[None], label[None])
     known = mj.Known(params=model.init(attack_key, train.x[:1]), goal=goal)
     outer = losses.goal_loss(losses.cross_entropy(model.apply))
-    found = {}
+    reach = threat.append_rows(POISONS)
+    poisoned = {"clean": train, "start": reach.embed(reach.init(attack_key, train), train)}
     for kind, trainer in (("plain", plain), ("adaptive", differentiable)):
-        attack = attacks.bilevel(
-            outer, trainer, threat=threat.append_rows(POISONS), optimizer=optax.adam(0.05), fixed_key=False
-        )
-        poisoned, _ = combine.iterate(attack, steps)(attack_key, train, known)
+        attack = attacks.bilevel(outer, trainer, threat=reach, optimizer=optax.adam(0.05), fixed_key=False)
+        poisoned[kind], _ = combine.iterate(attack, steps)(attack_key, train, known)
 
-        def fooled(k: jax.Array, judge: Any, poisoned: mj.Data = poisoned) -> jax.Array:
-            return jnp.argmax(model.apply(judge(k, known.params, poisoned)[0], goal.x)[0]) == label
+    found = {f"poisons_{kind}": poisoned[kind].x[-POISONS:] for kind in ("plain", "adaptive")}
+    rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(poisoned[kind] for kind in KINDS))
+    for judge_name, judge in (("none", plain), (name, hard)):
 
-        for judge_name, judge in (("none", plain), (name, hard)):
-            found[f"{kind}_{judge_name}"] = jax.lax.map(lambda k, j=judge: fooled(k, j), jax.random.split(judge_key, VICTIMS))
-        found[f"poisons_{kind}"] = poisoned.x[-POISONS:]
-        trained, _ = plain(judge_key, known.params, poisoned)
-        found[f"accuracy_{kind}"] = measure.accuracy(model.apply(trained, clean.x), clean)
+        def asked(k: jax.Array, rows: mj.Data, judge: Any = judge) -> tuple[jax.Array, jax.Array]:
+            trained, _ = judge(k, known.params, rows)
+            said = jnp.argmax(model.apply(trained, goal.x)[0])
+            return said == label, measure.accuracy(model.apply(trained, clean.x), clean)
+
+        of_victims = lambda rows, asked=asked: jax.lax.map(lambda k: asked(k, rows), jax.random.split(judge_key, VICTIMS))
+        fooled, accuracy = jax.lax.map(of_victims, rows)
+        for kind, *judged in zip(KINDS, fooled, accuracy):
+            found |= dict(zip((f"{kind}_{judge_name}", f"accuracy_{kind}_{judge_name}"), judged))
     return found
 
 
@@ -138,13 +145,12 @@ def run(size: str, seed: int, context: Any) -> Result:
     for name in chosen.defenses:
         fn = lambda *args, name=name: trial(name, chosen.steps, *args)
         found = trials(context, name, fn, each, shared)
-        for kind in ("plain", "adaptive"):
-            figures[f"accuracy_{kind}_none_{name}"] = float(found[f"accuracy_{kind}"].mean())
+        for kind in KINDS:
             for judge in ("none", name):
-                hits = found[f"{kind}_{judge}"]
-                label = f"success_{kind}_{judge}" + (f"_{name}" if judge == "none" else "")
-                figures |= share(label, hits.mean(axis=1) > 0.5)
-                figures[f"{label}_mean"] = float(hits.mean())
+                hits, label = found[f"{kind}_{judge}"], f"{kind}_{judge}" + (f"_{name}" if judge == "none" else "")
+                figures |= share(f"success_{label}", hits.mean(axis=1) > 0.5)
+                figures[f"success_{label}_mean"] = float(hits.mean())
+                figures[f"accuracy_{label}"] = float(found[f"accuracy_{kind}_{judge}"].mean())
         _plot(context, name, found)
     reductions = [f"500 digits, {POISONS} poisons, softmax regression and 64 hidden units: small models of small data"]
     return Result(figures, reductions)
