@@ -114,7 +114,8 @@ def project_ball(v: Any, radius: Any) -> Any:
 def nearest_in_hull(gram: jax.Array) -> jax.Array:
     """The point of a convex hull nearest to the origin: `argmin_c cᵀ G c`, `c ≥ 0`, `Σ c = 1`, `G = P Pᵀ` of k points.
 
-    An active-set method: it ends after finitely many corners, and c is exact to rounding. With `P = Φ - t` it is
+    An active-set method: it ends after finitely many corners, and c is exact to rounding, each corner's in units of its own
+    distance from the origin. With `P = Φ - t` it is
     least squares on the simplex, `min ‖cᵀΦ - t‖`. Corners that do not help are left out, so c is sparse.
 
     Args:
@@ -131,22 +132,25 @@ def nearest_in_hull(gram: jax.Array) -> jax.Array:
     k, given = gram.shape[0], gram.dtype
     gram = gram.astype(np.promote_types(given, np.float32))  # which half precision has no solver for
     diagonal = jnp.diagonal(gram)
-    scale = jnp.max(diagonal)
-    gram = gram / jnp.where(scale > 0, scale, 1)
+    longest = jnp.max(diagonal)
+    gram = gram / jnp.where(longest > 0, longest, 1)
+    far = jnp.sqrt(jnp.where(diagonal > 0, diagonal / jnp.where(longest > 0, longest, 1), 1))  # |p_i|; corners differ in size
+    cosines = gram / jnp.outer(far, far)
     eye = jnp.eye(k, dtype=gram.dtype)
     tiny = jnp.finfo(gram.dtype).eps
 
     def affine(corners: jax.Array) -> jax.Array:
-        """The nearest point of the affine hull of the corners `[k]` (bools); 0 elsewhere."""
-        both = corners[:, None] & corners[None]
-        system = jnp.where(both, gram + 1, 0) + jnp.where(corners, 10 * tiny, 1)[:, None] * eye
-        c = jnp.linalg.solve(system, corners.astype(gram.dtype))
-        return c / jnp.sum(c)
+        """The nearest point of the affine hull of the corners `[k]` (bools), as `c_i |p_i|` to a factor; 0 elsewhere."""
+        part = jnp.where(corners, jnp.min(jnp.where(corners, far, jnp.inf)) / far, 0)
+        system = jnp.where(corners[:, None] & corners[None], cosines + jnp.outer(part, part), 0)
+        return jnp.linalg.solve(system + jnp.where(corners, 10 * tiny, 1)[:, None] * eye, part)
 
     def inner(carry: tuple) -> tuple:
         c, corners, _ = carry
-        aim = affine(corners)
-        shrinking = corners & (aim <= tiny)
+        scaled = affine(corners)
+        shrinking = corners & (scaled <= tiny * jnp.max(scaled))
+        aim = scaled / far
+        aim = aim / jnp.sum(aim)
         fall = jnp.where(c > 0, c - jnp.minimum(aim, 0), 1)
         ratio = jnp.where(shrinking, c / fall, jnp.inf)  # in [0, 1] whatever rounding made of aim: one corner goes each time
         step = jnp.minimum(jnp.min(ratio), 1)
@@ -158,9 +162,10 @@ def nearest_in_hull(gram: jax.Array) -> jax.Array:
 
     def outer(carry: tuple) -> tuple:
         c, corners, value, _, count = carry
-        slope = gram @ c
-        best = jnp.argmin(slope)
-        optimal = (slope[best] >= c @ slope - 32 * tiny) | corners[best]
+        reach = jnp.sum(c * far)
+        gain = (c @ (gram @ c) - gram @ c) / (reach * jnp.maximum(far, reach))  # in units of what rounding makes of it
+        best = jnp.argmax(gain)
+        optimal = (gain[best] <= 32 * tiny) | corners[best]
         wider = corners | (jnp.arange(k) == best)
         c_new, corners_new, _ = jax.lax.while_loop(lambda s: s[2], inner, (c, wider, jnp.asarray(True)))
         value_new = c_new @ (gram @ c_new)

@@ -93,6 +93,32 @@ def test_many_small_hulls_of_integer_points():
         assert c[k] @ gram[k] @ c[k] - brute_force(gram[k].astype(np.float64)) <= 1e-5 * np.diag(gram[k]).max()
 
 
+def brute_force_points(points):
+    """The least distance from the origin, by the affine hull of every subset of corners: no products, no loss of digits."""
+    lengths = []
+    for size in range(1, len(points) + 1):
+        for corners in itertools.combinations(points, size):
+            last, sides = corners[-1], np.asarray(corners)[:-1] - corners[-1]
+            c = np.linalg.lstsq(sides.T, -last, rcond=None)[0]
+            if np.all(c >= -1e-13) and c.sum() <= 1 + 1e-13:
+                lengths.append(np.linalg.norm(last + c @ sides))
+    return min(lengths)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["one far", "far apart"])
+def test_corners_of_very_different_distances(x64, dtype, kind):
+    """The error is a part of the nearest corner's distance, not of the farthest one's."""
+    rng = np.random.default_rng(0)
+    far = np.array([1, 1e-4, 1e-4, 1e-4, 1e-4]) if kind == "one far" else 10.0 ** rng.uniform(-4, 4, size=(60, 5))
+    points = (rng.normal(size=(60, 5, 2)) * far[..., None]).astype(dtype).astype(np.float64)
+    gram = jnp.asarray(points @ points.transpose(0, 2, 1), dtype)
+    c = np.asarray(jax.jit(jax.vmap(linalg.nearest_in_hull))(gram), np.float64)
+    for given, found in zip(points, c, strict=True):
+        nearest = np.linalg.norm(given, axis=1).min()
+        assert np.linalg.norm(found @ given) - brute_force_points(given) <= 1e4 * np.finfo(dtype).eps * nearest
+
+
 def test_hulls_in_half_precision():
     c = linalg.nearest_in_hull(jnp.eye(2, dtype=jnp.bfloat16))
     assert c.dtype == jnp.bfloat16 and c.tolist() == [0.5, 0.5]

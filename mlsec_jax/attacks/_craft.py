@@ -35,10 +35,13 @@ def networks(known: Known, by: str) -> Params:
     return known.require("params", by) if known.surrogates is None else known.surrogates
 
 
-def target(known: Known, by: str) -> Data:
-    """The goal's rows: target inputs, labelled as the attacker wants them."""
+def target(known: Known, by: str, subject: Data) -> Data:
+    """The goal's rows: target inputs like the subject's, labelled as the attacker wants them."""
     goal = known.require("goal", by)
     checks.data("known.goal", goal)
+    expected, got = ([jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data.x)] for data in (subject, goal))
+    if expected != got:
+        raise ValueError(f"known.goal.x: expected rows like the subject's, {expected}, got {got}.")
     return goal
 
 
@@ -63,12 +66,12 @@ def craft(
     def init(key: Key, subject: Data, known: Known) -> CraftState:
         checks.data("subject", subject)
         threat_key, aim_key = jax.random.split(key)
-        aim = prepare(aim_key, networks(known, by), target(known, by))
+        aim = prepare(aim_key, networks(known, by), target(known, by, subject))
         poison = threat.project(threat.init(threat_key, subject), subject)
         return CraftState(poison, optimizer.init(poison), aim)
 
     def step(key: Key, state: CraftState, subject: Data, known: Known) -> tuple[CraftState, Info]:
-        target(known, by)
+        target(known, by, subject)
         params = networks(known, by)
 
         def loss(poison: Any) -> tuple[jax.Array, dict]:

@@ -112,7 +112,7 @@ def feature_collision(
 
     def init(key: Key, subject: Data, known: Known) -> CollisionState:
         checks.data("subject", subject)
-        goal = _craft.target(known, by)
+        goal = _craft.target(known, by, subject)
         threat_key, aim_key = jax.random.split(key)
         clean = threat.init(threat_key, subject)
         if not isinstance(clean, jax.Array):
@@ -126,7 +126,7 @@ def feature_collision(
         return CollisionState(poison, poison, base, value, jnp.zeros_like(poison), sizes, aim)
 
     def step(key: Key, state: CollisionState, subject: Data, known: Known) -> tuple[CollisionState, Info]:
-        _craft.target(known, by)
+        _craft.target(known, by, subject)
         params = _craft.networks(known, by)
         penalty = jnp.asarray(beta, state.poison.dtype)
 

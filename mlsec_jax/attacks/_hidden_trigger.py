@@ -65,9 +65,9 @@ def hidden_trigger(
     rows = _craft.rows_of(threat, by)
     features = _craft.drawn(features_fn, 0)
 
-    def stamped(key: Key, known: Known, num_poisons: int) -> list[jax.Array]:
-        goal = _craft.target(known, by)
-        equal = pairing == "faithful"
+    def stamped(key: Key, known: Known, subject: Data) -> list[jax.Array]:
+        goal = _craft.target(known, by, subject)
+        equal, num_poisons = pairing == "faithful", len(rows)
         num_present = checks.num_present(goal)
         if num_present < num_poisons or (equal and goal.num_rows != num_poisons):
             how = "exactly" if equal else "at least"
@@ -78,12 +78,12 @@ def hidden_trigger(
         checks.data("subject", subject)
         threat_key, trigger_key = jax.random.split(key)
         poison = threat.project(threat.init(threat_key, subject), subject)
-        return _craft.CraftState(poison, optimizer.init(poison), stamped(trigger_key, known, len(rows)))
+        return _craft.CraftState(poison, optimizer.init(poison), stamped(trigger_key, known, subject))
 
     def step(key: Key, state: _craft.CraftState, subject: Data, known: Known) -> tuple[_craft.CraftState, Info]:
-        present = _craft.target(known, by).weight > 0
+        present = _craft.target(known, by, subject).weight > 0
         params = _craft.networks(known, by)
-        sources = stamped(key, known, len(rows)) if redraw else state.aim
+        sources = stamped(key, known, subject) if redraw else state.aim
 
         def collision(poison: Any) -> tuple[jax.Array, tuple]:
             poisons = _craft.poisons_of(threat, poison, subject, rows)

@@ -81,7 +81,7 @@ def sleeper_agent(
     def retrain(key: Key, poison: Any, subject: Data, known: Known) -> tuple[Params, Params]:
         train_key, trigger_key = jax.random.split(key)
         surrogate, _ = trainer(train_key, known.require("params", by), threat.embed(poison, subject))
-        goal = _craft.target(known, by)
+        goal = _craft.target(known, by, subject)
         triggered = goal._replace(x=trigger_fn(trigger_key, goal.x))
         return surrogate, _matching.gradient(loss_fn, surrogate, triggered, trainable)
 
@@ -93,7 +93,7 @@ def sleeper_agent(
         return SleeperState(poison, optimizer.init(poison), surrogate, aim, jnp.zeros((), jnp.int32))
 
     def step(key: Key, state: SleeperState, subject: Data, known: Known) -> tuple[SleeperState, Info]:
-        _craft.target(known, by)
+        _craft.target(known, by, subject)
         train_key, match_key = jax.random.split(key)
         due = (state.step > 0) & (state.step % retrain_every == 0)
         anew = lambda: retrain(train_key, state.poison, subject, known)

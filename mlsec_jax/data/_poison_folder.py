@@ -20,15 +20,7 @@ from PIL import Image
 
 from mlsec_jax.data._folders import replacing
 
-_ALLOWED = {
-    ("PIL.Image", "Image"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-}
+_ALLOWED = {("PIL.Image", "Image"), ("_codecs", "encode"), ("collections", "OrderedDict")}
 
 
 class PoisonFolder(NamedTuple):
@@ -56,22 +48,60 @@ class PoisonFolder(NamedTuple):
 _STORAGES = {"FloatStorage": "f4", "DoubleStorage": "f8", "ByteStorage": "u1", "LongStorage": "i8"}  # PyTorch's
 
 
+class _Dtype:
+    """A dtype of a stream: a number's, in one byte order or the other. NumPy's own would take fields and flags from it."""
+
+    def __init__(self, name: str, *rest: Any):
+        self.dtype = np.dtype(name)
+        if not isinstance(name, str) or self.dtype.kind not in "biuf":
+            raise ValueError(f"{name}: expected numbers only in a folder of poisons: refused.")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """An array of a stream, filled from its bytes."""
+
+    array = np.zeros(0)
+
+    def __init__(self, *rest: Any):
+        pass
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, by_columns, content = state
+        self.array = _numbers(content, dtype, shape, "F" if by_columns else "C")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self.array.astype(dtype or self.array.dtype)
+
+
+def _numbers(content: Any, dtype: _Dtype, shape: Any = (), order: str = "C", axes: Any = None) -> np.ndarray:
+    flat = np.frombuffer(content, dtype.dtype)
+    return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
+
+
 class _Restricted(pickle.Unpickler):
     """Builds images, arrays and plain containers; any other name in the stream is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core.", "numpy._core.")
-        if (module, name) == ("PIL.PngImagePlugin", "PngImageFile"):
-            return Image.Image  # it takes the same state, and opens no file
-        if (module, name) == ("numpy._core.numeric", "_frombuffer"):
-            from_buffer = super().find_class(module, name)
-            return lambda *args: from_buffer(*args)  # a stream may set attributes of what it is given: not of NumPy's own
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *args: _tensor(*args)
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda content: _storage(content)
-        if module == "torch" and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
+        match module.replace("numpy.core.", "numpy._core."), name:
+            case "PIL.PngImagePlugin", "PngImageFile":
+                return Image.Image  # it takes the same state, and opens no file
+            case "numpy", "dtype":
+                return _Dtype
+            case ("numpy", "ndarray") | ("numpy._core.multiarray", "_reconstruct"):
+                return _Array
+            case "numpy._core.multiarray", "scalar":
+                return lambda dtype, content: _numbers(content, dtype)
+            case "numpy._core.numeric", "_frombuffer":
+                return lambda content, *rest: _numbers(content, *rest)
+            case "torch._utils", "_rebuild_tensor_v2":
+                return lambda *args: _tensor(*args)
+            case "torch.storage", "_load_from_bytes":
+                return lambda content: _storage(content)
+            case "torch", storage if storage in _STORAGES:
+                return _STORAGES[storage]
         if (module, name) not in _ALLOWED:
             raise ValueError(f"{module}.{name}: expected images and arrays only in a folder of poisons: refused.")
         return super().find_class(module, name)
@@ -139,7 +169,7 @@ def _poisons(content: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _pixels(image: Any) -> np.ndarray:
     """An image as RGB bytes `[h, w, 3]`, PIL's or an array of bytes."""
-    if isinstance(image, np.ndarray):
+    if not isinstance(image, Image.Image):
         image = _image(image)
     return np.asarray(image.convert("RGB"))
 
@@ -185,7 +215,7 @@ def write_poisons(folder: str | os.PathLike, poisons: PoisonFolder) -> None:
         target += (np.asarray(poisons.patch), [int(place) for place in poisons.corner])
     contents = {
         "poisons": [(image, int(label)) for image, label in zip(images, poisons.y, strict=True)],
-        "base_indices": np.asarray(poisons.base_indices),
+        "base_indices": [int(row) for row in poisons.base_indices],
         "target": target,
     }
     for name, content in contents.items():

@@ -128,6 +128,14 @@ def crafted(threat_rows):
 
 
 @pytest.mark.parametrize("name", crafted([0]))
+def test_a_target_of_another_shape_is_named(name):
+    rows, known = problem()
+    wider = rows._replace(x=jnp.concatenate([rows.x, rows.x], axis=1))
+    with pytest.raises(ValueError, match=r"known.goal.x: expected rows like the subject's"):
+        crafted([0, 1])[name].init(KEY, rows, known.replace(goal=wider))
+
+
+@pytest.mark.parametrize("name", crafted([0]))
 def test_an_absent_poison_changes_nothing(name):
     rows, known = problem()
     known = known.replace(goal=rows)

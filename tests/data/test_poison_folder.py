@@ -105,6 +105,41 @@ def test_a_stream_sets_no_attribute_of_numpys_own(tmp_path):
     assert np._core.numeric._frombuffer.__defaults__ != (1,)
 
 
+class _Stream:
+    """What pickles to a call and a state of one's choice."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize(("name", "flags"), [("V8", 0), ("O", 63), ("u8", 63), ("S8", 0)])
+def test_a_stream_makes_no_pointers_of_its_bytes(tmp_path, name, flags):
+    """A dtype whose state says that eight bytes of the file are a Python object."""
+    data.write_poisons(tmp_path, example(k=1))
+    state = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, flags)
+    dtype = _Stream(np.dtype, (name, False, True), state)
+    array = (1, (1,), dtype, False, (0x4141414141414141).to_bytes(8, "little"))
+    content = _Stream(np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), array)
+    (tmp_path / "base_indices.pickle").write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ValueError, match=r"base_indices\.pickle.*numbers only"):
+        data.read_poisons(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", "u1", ">i2", "?"])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_patches_of_any_numbers_are_read(tmp_path, dtype, protocol):
+    data.write_poisons(tmp_path, example())
+    patch = np.arange(12).reshape(3, 2, 2).astype(dtype)
+    content = (Image.fromarray(example().x[0]), 2, patch.transpose(0, 2, 1), [1, np.int64(2)])
+    (tmp_path / "target.pickle").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = data.read_poisons(tmp_path)
+    np.testing.assert_array_equal(found.patch, patch.transpose(0, 2, 1))
+    assert found.corner == (1, 2) and found.patch.dtype == patch.dtype
+
+
 def test_grey_images_are_written(tmp_path):
     poisons = example()
     data.write_poisons(tmp_path, poisons._replace(x=poisons.x[..., :1], target_x=poisons.target_x[..., :1]))
