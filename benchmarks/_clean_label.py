@@ -99,6 +99,13 @@ def eight_bits(x: jax.Array) -> jax.Array:
     return jnp.round(255 * x) / 255
 
 
+def check_levels(name: str, poison: Any, bases: Any, radius: float) -> None:
+    """Raises if a poison is farther from its base than the radius, both in 8 bits."""
+    moved = np.abs(data.to_bytes(np.asarray(poison)).astype(int) - data.to_bytes(np.asarray(bases))).max()
+    if moved > 255 * radius + 1e-6:
+        raise AssertionError(f"{name} moved a pixel by {moved} levels, more than {255 * radius:g}")
+
+
 class Net(NamedTuple):
     """A pre-trained network.
 
@@ -258,6 +265,8 @@ def stacked(nets: Sequence[Net], fn_of: Callable[[models.Model], Any]) -> tuple[
 
 
 def craft(
+    context: Any,
+    item: str,
     key: jax.Array,
     attack: Callable[[Any], mj.Algorithm],
     features_fn: Callable,
@@ -267,9 +276,11 @@ def craft(
     *,
     num_steps: int,
 ) -> dict[str, Any]:
-    """Poisons for many targets as one program, after a round trip through 8 bits.
+    """Poisons for many targets, after a round trip through 8 bits; targets that are finished survive an interruption.
 
     Args:
+      context: the benchmark's.
+      item: a name for `context.once`.
       key: split among the targets.
       attack: `features_fn -> Algorithm` on data whose rows are the bases.
       features_fn: of the surrogates.
@@ -289,12 +300,30 @@ def craft(
         state, infos = combine.run(algorithm, key, mj.dataset(base, labels), known, num_steps=num_steps)
         return state.poison, infos["outer"]
 
-    operands = (jax.random.split(key, len(targets)), bases, targets, surrogates)
-    compiled = jax.jit(parallel.spread(one, in_axes=(0, 0, 0, None))).lower(*operands).compile()
-    start = time.perf_counter()
-    poison, outer = jax.block_until_ready(compiled(*operands))
-    seconds = (time.perf_counter() - start) / len(targets)
-    return {"poison": rounded(poison), "outer": outer, "seconds": seconds}
+    @functools.cache
+    def program() -> Callable:
+        return jax.jit(parallel.spread(one, in_axes=(0, 0, 0, None))).lower(*operands(0), surrogates).compile()
+
+    def operands(start: int) -> tuple:
+        rows = jnp.arange(start, start + at_once) % len(targets)  # what fills the last program up is left out again
+        return tree.take((keys, bases, targets), rows)
+
+    def crafted(start: int) -> dict[str, Any]:
+        given, compiled = operands(start), program()
+        begun = time.perf_counter()
+        poison, outer = jax.block_until_ready(compiled(*given, surrogates))
+        return {"poison": rounded(poison), "outer": outer, "seconds": (time.perf_counter() - begun) / at_once}
+
+    keys, at_once = jax.random.split(key, len(targets)), min(_at_once(), len(targets))
+    starts = context.progress(range(0, len(targets), at_once), item)
+    found = [context.once(f"{item}-{start}", functools.partial(crafted, start)) for start in starts]
+    whole = {name: np.concatenate([part[name] for part in found])[: len(targets)] for name in ("poison", "outer")}
+    return {**whole, "seconds": float(np.mean([part["seconds"] for part in found]))}
+
+
+def _at_once() -> int:
+    """The trials of one program: few enough that little is lost with it, enough to fill the devices."""
+    return jax.device_count() * (1 if jax.default_backend() == "cpu" else 16)
 
 
 def trials(context: Any, item: str, fn: Callable, each: tuple, shared: tuple = ()) -> dict[str, np.ndarray]:
@@ -311,7 +340,7 @@ def trials(context: Any, item: str, fn: Callable, each: tuple, shared: tuple = (
       The dict of arrays `[trials, ...]`.
     """
     num = len(jax.tree.leaves(each)[0])
-    together = jax.device_count() * (1 if jax.default_backend() == "cpu" else 16)
+    together = _at_once()
     program = jax.jit(parallel.spread(fn, in_axes=(0,) * len(each) + (None,) * len(shared)))
     found = []
     for start in context.progress(range(0, num, together), item):

@@ -76,7 +76,7 @@ class _Array:
         return self.array.astype(dtype or self.array.dtype)
 
 
-def _numbers(content: Any, dtype: _Dtype, shape: Any = (), order: str = "C", axes: Any = None) -> np.ndarray:
+def _numbers(content: Any, dtype: _Dtype, shape: Any = (), order: Any = "C", axes: Any = None) -> np.ndarray:
     flat = np.frombuffer(content, dtype.dtype)
     return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
 

@@ -37,6 +37,58 @@ def test_no_setup_fine_tunes_on_a_pretraining_row(images):
         assert images.y[trial.base_indices].tolist() == [trial.base_class] * len(trial.base_indices)
 
 
+def crafted(context, name):
+    """Poisons of five targets on pixels, by steps that end on the budget's edge."""
+    rng = np.random.default_rng(0)
+    bases = shared.floats(rng.integers(0, 256, (5, polytope.POISONS, 4, 4, 3), np.uint8))
+    targets = shared.floats(rng.integers(0, 256, (5, 4, 4, 3), np.uint8))
+    features = lambda params, x, key=None: x.reshape(len(x), -1)
+    attack = polytope.attack(name)
+    return bases, shared.craft(context, name, jax.random.key(0), attack, features, (), bases, targets, num_steps=40)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Shelf:
+    """A context that keeps items, and is interrupted before the third new one."""
+
+    def __init__(self):
+        self.items, self.made, self.most = {}, [], 2
+
+    def progress(self, items, label):
+        return items
+
+    def once(self, item, fn):
+        if item not in self.items:
+            if len(self.made) == self.most:
+                raise Interrupted
+            self.made.append(item)
+            self.items[item] = {key: np.asarray(value) for key, value in fn().items()}
+        return self.items[item]
+
+
+@pytest.mark.parametrize("name", polytope.ATTACKS)
+def test_poisons_keep_their_radius_after_rounding_and_finished_targets_survive(name, monkeypatch):
+    monkeypatch.setattr(shared, "_at_once", lambda: 2)
+    shelf = Shelf()
+    with pytest.raises(Interrupted):
+        crafted(shelf, name)
+    assert shelf.made == [f"{name}-0", f"{name}-2"]
+    shelf.most = 3
+    bases, found = crafted(shelf, name)
+    assert shelf.made == [f"{name}-0", f"{name}-2", f"{name}-4"]
+    assert found["poison"].shape == bases.shape and found["outer"].shape == (5, 40)
+    moved = np.abs(data.to_bytes(found["poison"]).astype(int) - data.to_bytes(np.asarray(bases))).max(axis=(1, 2, 3, 4))
+    assert moved.max() == 25 and moved.min() > 0
+    shared.check_levels(name, found["poison"], bases, 0.1)
+    with pytest.raises(AssertionError, match="25 levels"):
+        shared.check_levels(name, found["poison"], bases, 24 / 255)
+    monkeypatch.setattr(shared, "_at_once", lambda: 8)
+    np.testing.assert_array_equal(found["poison"], crafted(Shelf(), name)[1]["poison"])
+
+
 def test_linear_victims_learn_their_poisons():
     """Two trials on the same table: the class of the poisons decides what the point at their place is taken for."""
     rng = np.random.default_rng(0)
