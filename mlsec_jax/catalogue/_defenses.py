@@ -38,6 +38,16 @@ DEFENSES = (
         reference="Tran, Li & Madry, NeurIPS 2018",
     ),
     row(
+        "defenses.reclassified",
+        title="Exclusionary reclassification of what a filter removed",
+        goal=("integrity",),
+        train_trigger="visible",
+        test_trigger="visible",
+        changes="gives rows back to all classes but those whose removed rows a new model takes for another class",
+        budget="the filter's; classes believed to be poisoned; one more training",
+        reference="Chen et al., arXiv:1811.03728; Hayase et al., ICML 2021",
+    ),
+    row(
         "defenses.clip_weights",
         title="Weight clipping",
         goal=("integrity",),

@@ -17,6 +17,7 @@ from mlsec_jax.defenses._mitigate import last_layer, prune_trigger, trigger_neur
 from mlsec_jax.defenses._mixup import mixup
 from mlsec_jax.defenses._neural_cleanse import neural_cleanse
 from mlsec_jax.defenses._partition_aggregation import partition_aggregation
+from mlsec_jax.defenses._reclassified import reclassified
 from mlsec_jax.defenses._tabor import tabor
 from mlsec_jax.defenses._weights import clip_weights, noise_weights
 
@@ -48,6 +49,7 @@ __all__ = [
     "noise_weights",
     "partition_aggregation",
     "prune_trigger",
+    "reclassified",
     "split_at",
     "tabor",
     "trigger_neurons",

@@ -8,6 +8,7 @@ from mlsec_jax.scores._activation_clusters import (
     cluster_size,
     reclassification,
     silhouettes,
+    taken_elsewhere,
 )
 from mlsec_jax.scores._deep_knn import deep_knn
 from mlsec_jax.scores._influence import influence
@@ -34,5 +35,6 @@ __all__ = [
     "spectral",
     "sphere",
     "strip",
+    "taken_elsewhere",
     "within_class",
 ]

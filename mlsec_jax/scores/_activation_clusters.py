@@ -325,11 +325,30 @@ def reclassification(apply_fn: ApplyFn, trainer: Trainer, init_fn: Callable[[Key
         rest = rows._replace(weight=jnp.where(suspect, 0, rows.weight))
         trained, _ = trainer(train_key, init_fn(init_key), rest)
         said = jnp.argmax(apply_fn(trained, losses.present(rows).x), axis=1)
-        one_hot = lambda labels: jax.nn.one_hot(labels, num_classes, dtype=data.weight.dtype)
-        votes = one_hot(rows.y).T @ (jnp.where(suspect, rows.weight, 0)[:, None] * one_hot(said))
-        own = jnp.diagonal(votes)
-        other = jnp.max(votes - jnp.diag(own), axis=1)
-        share = other / jnp.where(own + other > 0, own + other, 1)
+        share = taken_elsewhere(said, rows, jnp.where(suspect, rows.weight, 0), num_classes=num_classes)
         return jnp.where(found.cluster == 1, share[data.y], 0)
 
     return rule
+
+
+def taken_elsewhere(said: jax.Array, data: Data, suspect: jax.Array, *, num_classes: int) -> jax.Array:
+    """`p / (l + p)` of each class's suspect rows, of which a model trained without them says their label to l.
+
+    p is the number of those to which it says the other label that it says most often: the source of a class's poisons.
+
+    Args:
+      said: `[n]`, the model's labels.
+      data: integer labels, `[n]`.
+      suspect: `[n]`, the weight of each row among the suspects; 0 for the others.
+      num_classes: static.
+
+    Returns:
+      `[num_classes]` in [0, 1]; 0 for a class without suspects.
+
+    References: Chen et al., arXiv:1811.03728, section 4.
+    """
+    one_hot = lambda labels: jax.nn.one_hot(labels, num_classes, dtype=suspect.dtype)
+    votes = one_hot(data.y).T @ (suspect[:, None] * one_hot(said))
+    own = jnp.diagonal(votes)
+    other = jnp.max(votes - jnp.diag(own), axis=1)
+    return other / jnp.where(own + other > 0, own + other, 1)

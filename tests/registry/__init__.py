@@ -31,6 +31,7 @@ HELPERS = {
     "scores.gaussian_threshold",
     "scores.reclassification",
     "scores.silhouettes",
+    "scores.taken_elsewhere",
     "scores.within_class",
     "threat.Overlay",
     "threat.Relabel",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlsec_jax import bilevel, defenses, threat
+from mlsec_jax import bilevel, combine, defenses, scores, threat
 from tests import problems
 from tests.registry._row import MOMENTUM, Row, features, logits, seen, trainer, unrolled
 
@@ -77,6 +77,17 @@ def _bag(problem, _):
     return defenses.bagging(unrolled(problem), problem.apply_fn, num_models=6, num_draws=3, alpha=0.3)
 
 
+def _reclassified(problem, fraction):
+    far = combine.filter_top(
+        scores.spectral(lambda params, x, key=None: x, num_classes=problems.CLASSES),
+        fraction=fraction,
+        reads_model=False,
+        num_classes=problems.CLASSES,
+    )
+    start = lambda key: problem.params
+    return defenses.reclassified(far, problem.apply_fn, unrolled(problem), start, num_classes=problems.CLASSES)
+
+
 ROWS = [
     Row(
         "defenses.mixup",
@@ -133,6 +144,14 @@ ROWS = [
         lambda problem, _: _februus(0.5),
         problem=problems.images,
         zero=lambda problem: _februus(1.5),
+        targeted=False,
+    ),
+    Row(
+        "defenses.reclassified",
+        "transform",
+        _reclassified,
+        zero=lambda problem: _reclassified(problem, 0.0),
+        budget=0.5,
         targeted=False,
     ),
     Row(
