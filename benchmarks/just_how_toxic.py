@@ -32,7 +32,7 @@ import optax
 import mlsec_jax as mj
 from benchmarks import _clean_label as shared
 from benchmarks import _machine
-from benchmarks._record import Paper, Result, UsageError, benchmark
+from benchmarks._record import Paper, Result, UsageError, benchmark, usage_errors
 from mlsec_jax import attacks, data, measure, threat
 
 RADIUS = 8 / 255
@@ -220,29 +220,40 @@ def _export(folder: Path, images: shared.Images, trials: list[data.PoisonSetup],
             )
 
 
+def _read(folder: str) -> data.PoisonFolder:
+    """A folder of poisons; one that is damaged is the caller's to put right."""
+    try:
+        return data.read_poisons(folder)
+    except ValueError as error:
+        raise UsageError(f"{folder}: {error}") from error
+
+
 def score(folders: list[str], *, seed: int = 0) -> list[bool]:
     """Scores folders of poisons, of ours or others, in the white-box victim of `full`: whether each target fell."""
+    if not folders:
+        raise UsageError("expected folders of poisons: python -m benchmarks.just_how_toxic FOLDER ...")
+    loaded = [_read(folder) for folder in folders]
+    known = data.poison_setups("transfer_learning")
     images = shared.images()
     net_key, _, victim_key = jax.random.split(jax.random.key(seed), 3)
     net = nets(net_key, images, SIZES["full"], [WHITE])[WHITE]
-    known = data.poison_setups("transfer_learning")
     found = []
-    for folder in folders:
-        loaded = data.read_poisons(folder)
-        same = [trial for trial in known if set(trial.base_indices) == set(loaded.base_indices)]
+    for folder, poisons in zip(folders, loaded, strict=True):
+        same = [trial for trial in known if set(trial.base_indices) == set(poisons.base_indices)]
         if len(same) != 1:
             raise UsageError(f"{folder}: expected the bases of one published set-up, got those of {len(same)}.")
-        trial = same[0]._replace(base_indices=loaded.base_indices)
-        moved = np.abs(loaded.x.astype(int) - images.x[trial.base_indices]).max()
+        trial = same[0]._replace(base_indices=poisons.base_indices)
+        moved = np.abs(poisons.x.astype(int) - images.x[trial.base_indices]).max()
         if moved > 9:
             raise UsageError(f"{folder}: expected poisons within 8 levels of their bases (9 with truncation), got {moved}.")
-        label = labels_of_targets(victim_key, seen(net, images, [trial], 2500), shared.floats(loaded.x)[None])
+        label = labels_of_targets(victim_key, seen(net, images, [trial], 2500), shared.floats(poisons.x)[None])
         found.append(bool(label[0] == trial.base_class))
     return found
 
 
 if __name__ == "__main__":
     _machine.choose(None, None)
-    _machine.start(None)
-    outcome = score(sys.argv[1:])
+    with usage_errors():
+        _machine.start(None)
+        outcome = score(sys.argv[1:])
     print(f"{sum(outcome)} of {len(outcome)} targets taken for the poisons' class")
