@@ -179,17 +179,17 @@ def run(size: str, seed: int, context: Any) -> Result:
     for name in ("none", *ATTACKS):
         for box, members in boxes.items():
             found = np.stack([hits[name, member] for member in members])
-            low, high = measure.wilson(int(found.sum()), found.size)
-            key = f"success_{name}_{box}"
-            figures |= {key: found.mean(), f"{key}_low": low, f"{key}_high": high, f"n_trials_{box}": found.size}
+            figures |= shared.share(f"success_{name}_{box}", found, len(trials)) | {f"n_trials_{box}": found.size}
     for better, worse in (("bp", "cp"), ("cp", "fc")):
         test = measure.sign_test(hits[better, WHITE[0]], hits[worse, WHITE[0]], alternative="greater")
         figures[f"p_{better}_over_{worse}_white"] = test.p_value
+    _draw(context, figures)
     if size != "small":
         _export(context.out / f"{context.name}.poisons", images, trials, poisons)
     reductions = [
         *images.notes,
         shared.GROUP_NORM,
+        shared.SHARED_TARGETS,
         "extractors pre-trained on other CIFAR-10 images, not on CIFAR-100",
         f"{len(trials)} set-ups (the paper's: 100), {chosen.num_steps} crafting steps of the polytopes (1,200)",
         "heads are trained on cached features, without augmentation",
@@ -202,6 +202,23 @@ def run(size: str, seed: int, context: Any) -> Result:
         for box, value in zip(("white", "black"), values)
     }
     return Result(figures, reductions, paper)
+
+
+def _draw(context: Any, figures: dict[str, Any]) -> None:
+    """Success of each attack in both boxes, with the intervals in which every target counts once, and the paper's."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    names = ("none", *ATTACKS)
+    for place, (axis, box) in enumerate(zip(axes, ("white", "black"))):
+        keys = [f"success_{name}_{box}" for name in names]
+        value = np.array([figures[key] for key in keys])
+        ends = np.array([[figures[f"{key}_{end}_by_target"] for key in keys] for end in ("low", "high")])
+        axis.errorbar(range(len(names)), value, np.abs(ends - value[None]), fmt="o", capsize=3, label="ours")
+        axis.plot(range(1, len(names)), [PUBLISHED[name][place] for name in ATTACKS], "x", color="grey", label="paper")
+        axis.set(xticks=range(len(names)), xticklabels=names, title=f"{box} box", ylim=(-0.03, 1.03))
+    axes[0].legend()
+    context.save_figure(figure, "success")
 
 
 def _export(folder: Path, images: shared.Images, trials: list[data.PoisonSetup], poisons: dict[str, Any]) -> None:
