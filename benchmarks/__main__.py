@@ -20,6 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 Size = enum.StrEnum("Size", [(name, name) for name in _record.SIZES])  # type: ignore[misc]
 Device = enum.StrEnum("Device", [(name, name) for name in ("cpu", "gpu", "tpu")])  # type: ignore[misc]
+MAX_SEED = 2**32 - 1  # JAX wraps larger ones
 Out = Annotated[Path, typer.Option("--out", help="Folder of the records and plots.")]
 
 
@@ -38,7 +39,7 @@ def run(
     size: Annotated[Size, typer.Option(help="small: seconds; full: at most hours; paper: everything, resumable.")] = (
         Size.small  # type: ignore[attr-defined]
     ),
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.", min=0, max=2**32 - 1)] = 0,  # JAX wraps larger ones
+    seed: Annotated[int, typer.Option(help="Of what is drawn; records say what every seed shares.", min=0, max=MAX_SEED)] = 0,
     out: Out = Path("runs"),
     device: Annotated[Device | None, typer.Option(help="Default: what JAX prefers here.")] = None,
     devices: Annotated[int | None, typer.Option(help="Host devices the CPU is split into.", min=1)] = None,
