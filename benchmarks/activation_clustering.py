@@ -121,7 +121,8 @@ def run(size: str, seed: int, context: Any) -> Result:
     figures |= context.once("clean", lambda: clean_control(context.key, digits, chosen.epochs))
     draw(context, figures)
     reductions = [*digits.notes, f"{chosen.epochs} epochs; the network of the zoo; stamped digits replace the originals"]
-    paper = {"accuracy_total": Paper(0.9997, PAPER), "accuracy_total_raw": Paper(0.586, RAW), "f1_total_raw": Paper(0.158, RAW)}
+    paper = {"accuracy_total": Paper(0.9997, PAPER), "f1_total": Paper(0.999, f"{PAPER}: about")}
+    paper |= {"accuracy_total_raw": Paper(0.586, RAW), "f1_total_raw": Paper(0.158, RAW)}
     return Result(figures, reductions, paper)
 
 
