@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,19 +20,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 Size = enum.StrEnum("Size", [(name, name) for name in _record.SIZES])  # type: ignore[misc]
 Device = enum.StrEnum("Device", [(name, name) for name in ("cpu", "gpu", "tpu")])  # type: ignore[misc]
+MAX_SEED = 2**32 - 1  # JAX wraps larger ones
 Out = Annotated[Path, typer.Option("--out", help="Folder of the records and plots.")]
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Shows the message of what the caller can put right, without a traceback."""
-    try:
-        yield
-    except (_record.UsageError, FileNotFoundError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's, not the words of a loader that says how to prepare the data
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from error
 
 
 @app.command("list")
@@ -52,7 +39,7 @@ def run(
     size: Annotated[Size, typer.Option(help="small: seconds; full: at most hours; paper: everything, resumable.")] = (
         Size.small  # type: ignore[attr-defined]
     ),
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.", min=0, max=2**32 - 1)] = 0,  # JAX wraps larger ones
+    seed: Annotated[int, typer.Option(help="Of what is drawn; records say what every seed shares.", min=0, max=MAX_SEED)] = 0,
     out: Out = Path("runs"),
     device: Annotated[Device | None, typer.Option(help="Default: what JAX prefers here.")] = None,
     devices: Annotated[int | None, typer.Option(help="Host devices the CPU is split into.", min=1)] = None,
@@ -60,7 +47,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace records of another size or seed.")] = False,
 ) -> None:
     """Run benchmarks; write a record and plots for each, and show its figures beside the paper's."""
-    with _usage_errors():
+    with _record.usage_errors():
         _record.check_names(names)
         _record.writable(out)
         if not force:
@@ -83,11 +70,11 @@ def run(
 @app.command()
 def report(out: Out = Path("runs")) -> None:
     """Render all records of a folder into one self-contained page, report.html."""
-    with _usage_errors():
+    with _record.usage_errors():
         records = _record.read_all(out)
         _record.writable(out)
         page = _report.page(records, out)
-        _record.replace_file(out / "report.html", page.encode())
+        _record.replace_file(out / "report.html", page.encode(errors="backslashreplace"))
         Console().print(str(out / "report.html"), soft_wrap=True, highlight=False, markup=False)
 
 

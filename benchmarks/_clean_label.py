@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,11 @@ from mlsec_jax import attacks, bilevel, combine, data, linalg, loop, losses, mea
 from mlsec_jax.memo import memo
 
 LOSSY = "CIFAR-10 from a copy whose pixels went through JPEG (quality 75, 4:2:0); labels and order are the official ones"
+SHARED_TARGETS = (
+    "several victims are asked about each target: the intervals take these trials as independent, except those that end in "
+    "_by_target, in which every target counts once"
+)
+ONE_NETWORK = "networks are pre-trained from one key, the same for every --seed"
 GROUP_NORM = "slim networks with group norm (the papers': full width, batch norm)"
 
 
@@ -349,7 +354,18 @@ def trials(context: Any, item: str, fn: Callable, each: tuple, shared: tuple = (
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
-def share(name: str, hits: np.ndarray) -> Mapping[str, float]:
-    """The share of hits, and the ends of Wilson's 95 % interval, as three figures."""
-    low, high = measure.wilson(float(np.sum(hits)), float(np.size(hits)))
-    return {name: float(np.mean(hits)), f"{name}_low": float(low), f"{name}_high": float(high)}
+def share(name: str, hits: np.ndarray, targets: int | None = None) -> dict[str, float]:
+    """The share of hits, and the ends of Wilson's 95 % interval, as three figures.
+
+    Args:
+      name: of the share.
+      hits: of the trials, any shape.
+      targets: how many targets the trials share, where several victims are asked about each; two figures more,
+        `_low_by_target` and `_high_by_target`, are then the ends if every target counts as one trial.
+    """
+    figures = {name: float(np.mean(hits))}
+    units = {"": np.size(hits)} | ({} if targets is None else {"_by_target": targets})
+    for unit, trials in units.items():
+        low, high = measure.wilson(float(np.sum(hits) * trials / np.size(hits)), float(trials))
+        figures |= {f"{name}_low{unit}": float(low), f"{name}_high{unit}": float(high)}
+    return figures

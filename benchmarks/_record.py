@@ -9,12 +9,15 @@ import os
 import pkgutil
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.markup import escape
 
 SIZES = ("small", "full", "paper")
 FIELDS = ("benchmark", "size", "seed", "device", "versions", "seconds", "reductions", "figures", "paper")
@@ -25,6 +28,18 @@ STARTUP = ("seconds_starting", "seconds_compiling")  # beside `seconds`; records
 
 class UsageError(Exception):
     """Something the caller can put right: the command line shows its message alone."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Ends the process with status 2 and the message, without a traceback, of what the caller can put right."""
+    try:
+        yield
+    except (UsageError, FileNotFoundError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's, not the words of a loader that says how to prepare the data
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from error
 
 
 class Paper(NamedTuple):
@@ -150,7 +165,7 @@ def check_replaceable(folder: Path, names: Sequence[str], size: str, seed: int) 
         path = folder / f"{name}.json"
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue  # none, or damaged: nothing is lost
         there = (record.get("size"), record.get("seed")) if isinstance(record, dict) else (size, seed)
         if there != (size, seed):
@@ -209,6 +224,6 @@ def _read(path: Path) -> dict[str, Any]:
         _number("seconds", record["seconds"])
         paper = {key: Paper(each["value"], each["source"]) for key, each in published}
         checked(Result(record["figures"], record["reductions"], paper))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a benchmark's record: {str(error).rstrip('.')}.") from error
     return record

@@ -39,6 +39,7 @@ class Size(NamedTuple):
 SIZES = {"small": Size(3000, 25, (0.1,)), "full": Size(None, 4, (0.1, 0.33)), "paper": Size(None, 10, (0.1, 0.15, 0.33))}
 SHARE, SILHOUETTE = 0.35, 0.10
 PAPER = "Chen et al. 2019, table 1 (MNIST, 10 % of each class; per class 0.9989 to 1)"
+F1 = "Chen et al. 2019 (MNIST, 10 % of each class): about 0.999"
 RAW = "Chen et al. 2019: clustering of raw pixels, 10 % of each class"
 
 
@@ -121,7 +122,8 @@ def run(size: str, seed: int, context: Any) -> Result:
     figures |= context.once("clean", lambda: clean_control(context.key, digits, chosen.epochs))
     draw(context, figures)
     reductions = [*digits.notes, f"{chosen.epochs} epochs; the network of the zoo; stamped digits replace the originals"]
-    paper = {"accuracy_total": Paper(0.9997, PAPER), "accuracy_total_raw": Paper(0.586, RAW), "f1_total_raw": Paper(0.158, RAW)}
+    paper = {"accuracy_total": Paper(0.9997, PAPER), "f1_total": Paper(0.999, F1)}
+    paper |= {"accuracy_total_raw": Paper(0.586, RAW), "f1_total_raw": Paper(0.158, RAW)}
     return Result(figures, reductions, paper)
 
 

@@ -80,6 +80,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     for name, figure in (("clean_model", "asr_clean_model"), ("backdoored", "asr")):
         hits, trials = (sum(each[f"{what}_{name}"] for each in found) for what in ("hits", "trials"))
         figures |= {figure: hits / trials, f"n_trials_{figure}": trials}
+    draw(context, test.x[test.y == STOP][:6])
     figures |= {"poison_fraction": num_stops / (rows.num_rows + num_stops), "n_victims": victims}
     reductions = [
         "a classifier of cropped 32x32 signs stands in for Faster-RCNN, German signs for American ones",
@@ -87,3 +88,15 @@ def run(size: str, seed: int, context: Any) -> Result:
         "the yellow square has one fixed place",
     ]
     return Result(figures, reductions, {"asr": Paper(0.903, PAPER), "stop_accuracy_clean_model": Paper(0.897, PAPER)})
+
+
+def draw(context: Any, stops: jax.Array) -> None:
+    """Stop signs, and the same with the square: `[n, h, w, 3]`."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(stops), figsize=(1.4 * len(stops), 2.8), squeeze=False)
+    for row, images in zip(axes, (stops, YELLOW(None, stops))):
+        for axis, image in zip(row, np.asarray(images)):
+            axis.imshow(image)
+            axis.set_axis_off()
+    context.save_figure(figure, "signs")

@@ -254,4 +254,21 @@ def run(size: str, seed: int, context: Any) -> Result:
         f"a bag of {chosen.models} models (1,000)",
         f"label-flip smoothing on raw pixels of {SMOOTHED:,} images at most, not on features learned without labels",
     ]
+    _draw(context, figures, chosen)
     return Result({**figures, "violations": violations, "n_trials": n_trials}, reductions)
+
+
+def _draw(context: Any, figures: dict[str, Any], size: Size) -> None:
+    """Certified accuracy against R, and what the adversaries leave of the targets."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(4.5 * len(TASKS), 3.5), sharey=True)
+    for axis, task in zip(axes, TASKS):
+        for k, name in enumerate(("dpa", "ssdpa", "bag", "smooth")):
+            proven = [figures[f"accuracy_{name}_{task}"], *(figures[f"certified_{name}_{task}_{R}"] for R in size.budgets)]
+            axis.plot([0, *size.budgets], proven, f"C{k}o-", label=name)
+            axis.plot(size.budgets, [figures[f"attacked_{name}_{task}_{R}"] for R in size.budgets], f"C{k}x")
+        axis.set(xlabel="changes R (crosses: targets under attack)", title=f"digits {task}", ylim=(-0.03, 1.03))
+    axes[0].set_ylabel("certified accuracy")
+    axes[0].legend()
+    context.save_figure(figure, "certified")

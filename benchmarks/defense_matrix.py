@@ -3,9 +3,10 @@
 One small network of two convolutions, trained on digits of which a share carries a trigger. For each backdoor and defense three
 figures, means over seeds: `accuracy` on clean test digits, `success` of the trigger on digits whose class isn't the one wanted,
 `recovery`, the share of the same digits that get their true label (success alone would praise a defense that destroys the
-input). A defense that refuses an input (STRIP) gives neither. The rows are shared: in a seed every backdoor meets the same clean
-digits, initial parameters and batches. Keys are `FIGURE_BACKDOOR_DEFENSE`; the backdoor `clean` is the control without poisons
-(its success is that of the square, on a model that never saw it), the defense `none` the other control.
+input). A defense that refuses an input (STRIP) gives neither. `success_lowest` and `success_highest` are over seeds. The rows
+are shared: in a seed every backdoor meets the same clean digits, initial parameters and batches. Keys are
+`FIGURE_BACKDOOR_DEFENSE`; the backdoor `clean` is the control without poisons (its success is that of the square, on a model
+that never saw it), the defense `none` the other control.
 
 The defender knows the poisons' share of a class (spectral signatures), has 500 clean digits of its own (repairs, STRIP), and
 no hyper-parameter was chosen on the test digits: they are the published ones, or such as the small network trains with at all.
@@ -261,9 +262,12 @@ def run(size: str, seed: int, context: Any) -> Result:
     for i, name in enumerate(context.progress(chosen.backdoors, "backdoors")):
         seeds = [context.once(f"{name}-{k}", functools.partial(row, name, k)) for k in range(chosen.seeds)]
         for j, defense in enumerate(chosen.defenses):
-            table[i, j] = np.mean([each[defense] for each in seeds], axis=0)
+            cells = np.array([each[defense] for each in seeds])
+            table[i, j] = cells.mean(axis=0)
             for figure, value in zip(("accuracy", "success", "recovery"), table[i, j], strict=True):
                 figures[f"{figure}_{name}_{defense}"] = float(value)
+            figures[f"success_lowest_{name}_{defense}"] = float(cells[:, 1].min())
+            figures[f"success_highest_{name}_{defense}"] = float(cells[:, 1].max())
     figures["n_empty_cells"] = int(np.isnan(table).sum())
     _plot(context, table, chosen)
     reductions = [*digits.notes, f"a small network, {chosen.rows} digits, {chosen.epochs} epochs, {chosen.seeds} seeds"]

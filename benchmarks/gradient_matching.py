@@ -24,6 +24,7 @@ import optax
 import mlsec_jax as mj
 from benchmarks._clean_label import (
     GROUP_NORM,
+    SHARED_TARGETS,
     Images,
     Net,
     eight_bits,
@@ -199,8 +200,8 @@ def run(size: str, seed: int, context: Any) -> Result:
 
     accuracy = judged["accuracy"].mean(axis=0)
     figures = {
-        **share("success_matching", judged["hit"][:, 0]),
-        **share("success_noise", judged["hit"][:, 1]),
+        **share("success_matching", judged["hit"][:, 0], chosen.targets),
+        **share("success_noise", judged["hit"][:, 1], chosen.targets),
         "mean_cosine": made["cosine"].mean(),
         "mean_cosine_start": made["cosine_start"].mean(),
         "n_trials": len(target),
@@ -210,7 +211,7 @@ def run(size: str, seed: int, context: Any) -> Result:
         "accuracy_noise": accuracy[1],
     }
     draw(context, task, made, judged["hit"].reshape(chosen.targets, chosen.victims, 2).mean(axis=1))
-    reductions = [*pictures.notes, f"{GROUP_NORM}; here {chosen.name}, width {chosen.width}"]
+    reductions = [*pictures.notes, SHARED_TARGETS, f"{GROUP_NORM}; here {chosen.name}, width {chosen.width}"]
     if size != "paper":
         reductions += [
             f"{chosen.rows} rows, {chosen.poisons} of them poisoned (paper: 50,000 and 500)",

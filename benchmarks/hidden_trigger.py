@@ -34,6 +34,7 @@ import mlsec_jax as mj
 from benchmarks._clean_label import (
     GROUP_NORM,
     LINEAR,
+    ONE_NETWORK,
     HeadRecipe,
     Images,
     Net,
@@ -262,6 +263,7 @@ def run(size: str, seed: int, context: Any) -> Result:
         f"crafted by {chosen.steps} steps of Adam with a cosine (paper: 5,000 of gradient descent)",
         "heads are trained on cached features by Adam, without dropout (paper: SGD, with dropout)",
         f"{len(pairs)} trials share one extractor and ten classes: they are not independent",
+        ONE_NETWORK,
     ]
     published = {"patched_accuracy_clean_model": 0.987, "patched_accuracy_poisoned_model": 0.437}
     published |= {"accuracy_clean": 0.993, "accuracy_poisoned": 0.982}

@@ -32,7 +32,7 @@ import optax
 import mlsec_jax as mj
 from benchmarks import _clean_label as shared
 from benchmarks import _machine
-from benchmarks._record import Paper, Result, UsageError, benchmark
+from benchmarks._record import Paper, Result, UsageError, benchmark, usage_errors
 from mlsec_jax import attacks, data, measure, threat
 
 RADIUS = 8 / 255
@@ -179,17 +179,17 @@ def run(size: str, seed: int, context: Any) -> Result:
     for name in ("none", *ATTACKS):
         for box, members in boxes.items():
             found = np.stack([hits[name, member] for member in members])
-            low, high = measure.wilson(int(found.sum()), found.size)
-            key = f"success_{name}_{box}"
-            figures |= {key: found.mean(), f"{key}_low": low, f"{key}_high": high, f"n_trials_{box}": found.size}
+            figures |= shared.share(f"success_{name}_{box}", found, len(trials)) | {f"n_trials_{box}": found.size}
     for better, worse in (("bp", "cp"), ("cp", "fc")):
         test = measure.sign_test(hits[better, WHITE[0]], hits[worse, WHITE[0]], alternative="greater")
         figures[f"p_{better}_over_{worse}_white"] = test.p_value
+    _draw(context, figures)
     if size != "small":
         _export(context.out / f"{context.name}.poisons", images, trials, poisons)
     reductions = [
         *images.notes,
         shared.GROUP_NORM,
+        shared.SHARED_TARGETS,
         "extractors pre-trained on other CIFAR-10 images, not on CIFAR-100",
         f"{len(trials)} set-ups (the paper's: 100), {chosen.num_steps} crafting steps of the polytopes (1,200)",
         "heads are trained on cached features, without augmentation",
@@ -202,6 +202,23 @@ def run(size: str, seed: int, context: Any) -> Result:
         for box, value in zip(("white", "black"), values)
     }
     return Result(figures, reductions, paper)
+
+
+def _draw(context: Any, figures: dict[str, Any]) -> None:
+    """Success of each attack in both boxes, with the intervals in which every target counts once, and the paper's."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    names = ("none", *ATTACKS)
+    for place, (axis, box) in enumerate(zip(axes, ("white", "black"))):
+        keys = [f"success_{name}_{box}" for name in names]
+        value = np.array([figures[key] for key in keys])
+        ends = np.array([[figures[f"{key}_{end}_by_target"] for key in keys] for end in ("low", "high")])
+        axis.errorbar(range(len(names)), value, np.abs(ends - value[None]), fmt="o", capsize=3, label="ours")
+        axis.plot(range(1, len(names)), [PUBLISHED[name][place] for name in ATTACKS], "x", color="grey", label="paper")
+        axis.set(xticks=range(len(names)), xticklabels=names, title=f"{box} box", ylim=(-0.03, 1.03))
+    axes[0].legend()
+    context.save_figure(figure, "success")
 
 
 def _export(folder: Path, images: shared.Images, trials: list[data.PoisonSetup], poisons: dict[str, Any]) -> None:
@@ -220,29 +237,40 @@ def _export(folder: Path, images: shared.Images, trials: list[data.PoisonSetup],
             )
 
 
+def _read(folder: str) -> data.PoisonFolder:
+    """A folder of poisons; one that is damaged is the caller's to put right."""
+    try:
+        return data.read_poisons(folder)
+    except ValueError as error:
+        raise UsageError(f"{folder}: {error}") from error
+
+
 def score(folders: list[str], *, seed: int = 0) -> list[bool]:
     """Scores folders of poisons, of ours or others, in the white-box victim of `full`: whether each target fell."""
+    if not folders:
+        raise UsageError("expected folders of poisons: python -m benchmarks.just_how_toxic FOLDER ...")
+    loaded = [_read(folder) for folder in folders]
+    known = data.poison_setups("transfer_learning")
     images = shared.images()
     net_key, _, victim_key = jax.random.split(jax.random.key(seed), 3)
     net = nets(net_key, images, SIZES["full"], [WHITE])[WHITE]
-    known = data.poison_setups("transfer_learning")
     found = []
-    for folder in folders:
-        loaded = data.read_poisons(folder)
-        same = [trial for trial in known if set(trial.base_indices) == set(loaded.base_indices)]
+    for folder, poisons in zip(folders, loaded, strict=True):
+        same = [trial for trial in known if set(trial.base_indices) == set(poisons.base_indices)]
         if len(same) != 1:
             raise UsageError(f"{folder}: expected the bases of one published set-up, got those of {len(same)}.")
-        trial = same[0]._replace(base_indices=loaded.base_indices)
-        moved = np.abs(loaded.x.astype(int) - images.x[trial.base_indices]).max()
+        trial = same[0]._replace(base_indices=poisons.base_indices)
+        moved = np.abs(poisons.x.astype(int) - images.x[trial.base_indices]).max()
         if moved > 9:
             raise UsageError(f"{folder}: expected poisons within 8 levels of their bases (9 with truncation), got {moved}.")
-        label = labels_of_targets(victim_key, seen(net, images, [trial], 2500), shared.floats(loaded.x)[None])
+        label = labels_of_targets(victim_key, seen(net, images, [trial], 2500), shared.floats(poisons.x)[None])
         found.append(bool(label[0] == trial.base_class))
     return found
 
 
 if __name__ == "__main__":
     _machine.choose(None, None)
-    _machine.start(None)
-    outcome = score(sys.argv[1:])
+    with usage_errors():
+        _machine.start(None)
+        outcome = score(sys.argv[1:])
     print(f"{sum(outcome)} of {len(outcome)} targets taken for the poisons' class")

@@ -309,7 +309,7 @@ def summary(
         sweep = {key: np.mean([found[f"sweep_{kind}", k][key] for k in range(num_swept)], axis=0) for key in
                  ("theta", "clean_accuracy", "backdoor_accuracy")}  # fmt: skip
         for i in range(len(SWEEP)):
-            figures[f"theta_{kind}_{i}"] = sweep["theta"][i]
+            figures |= {f"lambda_{kind}_{i}": 1 / SWEEP[i], f"theta_{kind}_{i}": sweep["theta"][i]}
             figures[f"sweep_{kind}_clean_accuracy_{i}"] = sweep["clean_accuracy"][i, -1]
             figures[f"sweep_{kind}_backdoor_accuracy_{i}"] = sweep["backdoor_accuracy"][i, -1]
     for i, pair in SWEPT_AT.items():

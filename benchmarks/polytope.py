@@ -208,7 +208,7 @@ def run(size: str, seed: int, context: Any) -> Result:
                 hits, valid = pooled(found[name], found["none"])
                 success[name, box] = hits
                 if valid.any():  # a clean victim that gets no target right judges none
-                    figures |= shared.share(f"success_{name}_{box}_{mode}", hits[valid])
+                    figures |= shared.share(f"success_{name}_{box}_{mode}", hits[valid], valid.any(axis=0).sum())
                 if mode == "linear":
                     figures[f"centroid_distance_{name}_{box}"] = np.mean(distances[name])
             figures[f"n_trials_{box}_{mode}"] = valid.sum()
@@ -224,6 +224,7 @@ def run(size: str, seed: int, context: Any) -> Result:
     reductions = [
         *images.notes,
         shared.GROUP_NORM,
+        shared.SHARED_TARGETS,
         f"surrogates: {len(surrogates)} (the papers': 18, and 12 end to end), pre-trained for {chosen.num_epochs} epochs",
         f"{chosen.num_steps} crafting steps (the papers': 4,000 and 1,500)",
         "an epoch of a victim leaves out the rows that fill no batch of 64",

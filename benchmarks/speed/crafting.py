@@ -161,7 +161,7 @@ def gates(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
 def main() -> None:
     """Runs what was asked for and writes `crafting.json`, after every setting."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="not among the records of `run`")
     parser.add_argument("--cores", nargs="+", default=["one", "all"], choices=["one", "all"])
     parser.add_argument("--only", nargs="+", help="names of settings, such as bullseye_5_w16")
     parser.add_argument("--turns", type=int, default=5)

@@ -105,7 +105,7 @@ def gates(found: dict[str, dict[str, float]]) -> dict[str, bool]:
 def main() -> None:
     """Runs what was asked for and writes `detectors.json`, after every detector."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="not among the records of `run`")
     parser.add_argument("--cores", nargs="+", default=["one", "all"], choices=["one", "all"])
     parser.add_argument("--only", nargs="+", choices=list(LIMITS), default=list(LIMITS))
     parser.add_argument("--rows", type=int, default=60_000)

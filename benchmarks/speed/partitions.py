@@ -84,7 +84,7 @@ def measure(setting: Setting, problem: Path, turns: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="not among the records of `run`")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--partitions", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)

@@ -313,7 +313,7 @@ def main() -> None:
     """Runs what was asked for and writes `secml.json`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--env", type=Path, help="secml's environment; without it only the splits are measured")
-    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="not among the records of `run`")
     parser.add_argument("--settings", nargs="+", default=["tutorial", "half_step"], choices=SETTINGS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,11 +1,15 @@
 """The backdoor benchmarks' own pieces: rows that nobody trains on, budgets, what a cell counts."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from benchmarks import _zoo, adaptive, certified, deep_back_gradient, defense_matrix, spectral
+from benchmarks._run import Context
 
 KEY = jax.random.key(0)
 
@@ -61,6 +65,26 @@ def test_the_matrix_has_every_defense_that_it_names():
         defense_matrix.EVERY_DEFENSE
     )
     assert set(defense_matrix.SIZES["small"].defenses) <= set(defense_matrix.EVERY_DEFENSE)
+
+
+def test_the_matrix_keeps_the_lowest_and_the_highest_success_over_seeds(digits, monkeypatch, tmp_path):
+    chosen = defense_matrix.SIZES["small"]._replace(seeds=3)
+    monkeypatch.setitem(defense_matrix.SIZES, "small", chosen)
+    monkeypatch.setattr(_zoo, "digits", lambda *args, **options: digits)
+    context = Context("defense_matrix", "small", 0, tmp_path, "code", Console(file=io.StringIO()))
+    seed = lambda item: int(item[-1])
+    context.once = lambda item, fn: {name: np.array([0.9, 0.25 * seed(item), 0.5]) for name in chosen.defenses}
+    figures = defense_matrix.run("small", 0, context).figures
+    for cell in ("clean_none", "patch_strip"):
+        got = [figures[f"{figure}_{cell}"] for figure in ("success_lowest", "success", "success_highest")]
+        assert got == [0.0, 0.25, 0.5]
+
+
+def test_what_the_published_code_removed_stands_beside_the_defender_who_knows_the_target():
+    paper = spectral.published(["dog_10"])
+    assert paper["left_dog_10"].value == 57 and "0 to 57" in paper["left_dog_10"].source
+    assert "target class alone" in paper["pois_known_dog_10"].source and "alone" not in paper["pois_after_dog_10"].source
+    assert {"nat_before_dog_10", "nat_after_dog_10", "nat_known_dog_10"} <= set(paper)
 
 
 def test_adaptive_trials_have_reserved_rows_and_ask_for_another_label():

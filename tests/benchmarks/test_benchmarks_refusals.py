@@ -1,13 +1,16 @@
 """What the command line refuses, and with which words, and what a run does not take over; all in this process."""
 
 import json
+import runpy
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import _machine, _record
+from benchmarks import _machine, _record, just_how_toxic
 from benchmarks.__main__ import app
 from benchmarks._record import Result
+from mlsec_jax import data
 
 
 @pytest.fixture
@@ -86,6 +89,7 @@ WHOLE |= {"reductions": ["tiny"], "figures": {"x": 1}, "paper": {"x": {"value": 
                 ("paper", {"x": {"value": "1", "source": "here"}}, "expected a finite number"),
             ]
         ],
+        (b"[" * 200_000, "recursion"),
     ],
 )
 def test_report_names_a_damaged_record(tmp_path, content, message):
@@ -94,6 +98,34 @@ def test_report_names_a_damaged_record(tmp_path, content, message):
     with pytest.raises(_record.UsageError, match=r"x\.json is not a benchmark's record: .*[^.]\.$") as raised:
         _record.read_all(tmp_path)
     assert message in str(raised.value)
+
+
+def test_report_shows_text_that_no_file_can_hold_as_its_escape(fake, tmp_path):
+    (tmp_path / "fake.json").write_text(json.dumps({**WHOLE, "reductions": ["half \ud800 a pair"]}))
+    assert cli("report", "--out", tmp_path)[0].exit_code == 0
+    assert r"half \ud800 a pair" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "fake.json").write_text("[" * 200_000)
+    fake(lambda size, seed, context: Result({"x": 1}))
+    assert cli("run", "fake", "--out", tmp_path)[0].exit_code == 0  # a damaged one is no loss
+
+
+@pytest.mark.parametrize("given", ["nothing", "no folder", "no set-ups", "a damaged folder"])
+def test_scoring_poisons_without_the_data_ends_in_one_sentence(monkeypatch, tmp_path, capsys, given):
+    poisons = data.PoisonFolder(np.zeros((1, 32, 32, 3)), np.zeros(1, int), np.zeros(1, int), np.zeros((32, 32, 3)), 1)
+    folder = data.write_poisons(tmp_path / "poisons", poisons) or tmp_path / "poisons"
+    if given == "a damaged folder":
+        for path in folder.iterdir():
+            path.write_bytes(b"no pickle")
+    arguments = {"nothing": [], "no folder": [tmp_path / "missing"]}.get(given, [folder])
+    monkeypatch.setenv("MLSEC_JAX_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(_record, "_registered", {})
+    monkeypatch.setattr(_machine, "choose", lambda device, devices: None)
+    monkeypatch.setattr(_machine, "start", lambda device: "1 x cpu")
+    monkeypatch.setattr("sys.argv", ["just_how_toxic", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(just_how_toxic.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_report_makes_no_folder(tmp_path):

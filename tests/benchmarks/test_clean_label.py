@@ -53,6 +53,15 @@ def test_share_has_wilsons_ends():
     assert figures == {"success": 0.9, "success_low": float(low), "success_high": float(high)}
 
 
+def test_share_by_target_counts_each_target_once():
+    hits = np.array([[True, True, False, True], [True, False, False, True]])  # two victims, four targets
+    figures = _clean_label.share("success", hits, 4)
+    low, high = measure.wilson(2.5, 4)
+    assert figures.pop("success_low_by_target") == float(low) < figures["success_low"] < 0.625
+    assert figures.pop("success_high_by_target") == float(high) > figures["success_high"] > 0.625
+    assert figures == _clean_label.share("success", hits)
+
+
 def test_eight_bits_is_the_round_trip_and_keeps_a_radius_of_whole_levels():
     key = jax.random.key(0)
     base = _clean_label.floats(np.arange(256, dtype=np.uint8))

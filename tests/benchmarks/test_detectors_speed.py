@@ -1,8 +1,12 @@
 """The detectors' speed benchmark counts detection rightly, starts whom it can, and ours runs."""
 
-import numpy as np
+import argparse
+from pathlib import Path
 
-from benchmarks.speed import _detectors_worker, detectors
+import numpy as np
+import pytest
+
+from benchmarks.speed import _detectors_worker, crafting, detectors, partitions, secml
 
 
 def test_ours_finds_the_poisons_of_a_small_problem(tmp_path):
@@ -28,3 +32,17 @@ def test_peers_without_an_interpreter_are_left_out_and_gates_ask_what_was_promis
     assert detectors.command("art", {}) is None and detectors.command("ours", {})[2].endswith("_detectors_worker")
     found = {"spectral": {"over_art": 0.05, "accuracy_ours": 0.9, "accuracy_art": 0.91}, "clusters": {}}
     assert detectors.gates(found) == {"spectral.over_art": True, "spectral.accuracy": False}
+
+
+@pytest.mark.parametrize("program", [crafting, detectors, partitions, secml])
+def test_what_is_no_record_is_not_kept_among_the_records(program, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def parse_args(self):
+        raise Asked(self.get_default("out"))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Asked) as asked:
+        program.main()
+    assert asked.value.args == (Path("runs/speed"),)

@@ -1,5 +1,6 @@
 """The hypergradient benchmark: its processes measure what they say, and its keys are those promised."""
 
+import io
 import json
 import os
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from benchmarks import _served, hypergradients
+from benchmarks._run import Context
 from benchmarks.hypergradients import Setting
 
 KEY = jax.random.key(0)
@@ -91,6 +94,20 @@ def test_problem_is_the_same_for_every_framework(tmp_path):
     arrays = dict(np.load(tmp_path / "p.npz"))
     assert arrays["x"].shape == (100, 28, 28, 1) and arrays["rows"].shape == (3, 100)
     assert sum(value.size for name, value in arrays.items() if name.startswith("params/")) == 54_314
+
+
+def test_a_run_that_was_killed_at_its_very_end_goes_on(monkeypatch, tmp_path):
+    def measure(key, setting, folder, peers, rows=1000):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "problem.npz").write_bytes(b"")
+        return {setting.key(what, name): 1.0 for what in ("peak_mb", "seconds") for name in setting.estimators}
+
+    context = lambda: Context("hypergradients", "small", 0, tmp_path, "code", Console(file=io.StringIO()))
+    monkeypatch.setattr(hypergradients, "measure", measure)
+    first = hypergradients.run("small", 0, context())
+    monkeypatch.setattr(hypergradients, "measure", lambda *args: pytest.fail("measured again"))
+    assert hypergradients.run("small", 0, context()) == first and not list(tmp_path.rglob("problem*"))
+    assert [path.name for path in tmp_path.glob("*.png")] == ["hypergradients.memory_and_time.png"]
 
 
 @pytest.mark.slow  # starts three processes
