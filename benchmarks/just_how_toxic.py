@@ -245,6 +245,33 @@ def _read(folder: str) -> data.PoisonFolder:
         raise UsageError(f"{folder}: {error}") from error
 
 
+def checked(folder: str, poisons: data.PoisonFolder, trial: data.PoisonSetup, images: shared.Images) -> None:
+    """Raises unless the folder's poisons are a published set-up's, of its label and within the budget."""
+    bases = images.x[poisons.base_indices]
+    if poisons.x.shape != bases.shape or poisons.target_x.shape != bases.shape[1:]:
+        shapes = f"{poisons.x.shape} and {poisons.target_x.shape}"
+        raise UsageError(f"{folder}: expected images like their bases {bases.shape} and a target like one, got {shapes}.")
+    if set(poisons.y.tolist()) != {trial.base_class}:
+        raise UsageError(f"{folder}: expected poisons of label {trial.base_class}, got {sorted(set(poisons.y.tolist()))}.")
+    moved = np.abs(poisons.x.astype(int) - bases).max()
+    if moved > 9:
+        raise UsageError(f"{folder}: expected poisons within 8 levels of their bases (9 with truncation), got {moved}.")
+
+
+def asked(folder: str, poisons: data.PoisonFolder) -> jax.Array:
+    """What the victim is asked: the folder's target, under its patch where it has one, `[h, w, c]`."""
+    target = np.array(shared.floats(poisons.target_x))
+    if poisons.patch is None or poisons.corner is None:
+        return jnp.asarray(target)
+    patch, (left, top) = np.moveaxis(np.asarray(poisons.patch), 0, -1), poisons.corner
+    under = target[max(top, 0) : top + patch.shape[0], max(left, 0) : left + patch.shape[1]]
+    if under.shape != patch.shape:
+        got = f"{poisons.patch.shape} at {poisons.corner}"
+        raise UsageError(f"{folder}: expected a patch [c, h, w] inside the target, got {got}.")
+    under[:] = patch
+    return jnp.asarray(target)
+
+
 def score(folders: list[str], *, seed: int = 0) -> list[bool]:
     """Scores folders of poisons, of ours or others, in the white-box victim of `full`: whether each target fell."""
     if not folders:
@@ -260,10 +287,10 @@ def score(folders: list[str], *, seed: int = 0) -> list[bool]:
         if len(same) != 1:
             raise UsageError(f"{folder}: expected the bases of one published set-up, got those of {len(same)}.")
         trial = same[0]._replace(base_indices=poisons.base_indices)
-        moved = np.abs(poisons.x.astype(int) - images.x[trial.base_indices]).max()
-        if moved > 9:
-            raise UsageError(f"{folder}: expected poisons within 8 levels of their bases (9 with truncation), got {moved}.")
-        label = labels_of_targets(victim_key, seen(net, images, [trial], 2500), shared.floats(poisons.x)[None])
+        checked(folder, poisons, trial, images)
+        target = asked(folder, poisons)[None]
+        given = seen(net, images, [trial], 2500)._replace(targets=shared.features(net, target))
+        label = labels_of_targets(victim_key, given, shared.floats(poisons.x)[None])
         found.append(bool(label[0] == trial.base_class))
     return found
 

@@ -9,6 +9,7 @@ import pytest
 import mlsec_jax as mj
 from benchmarks import _clean_label as shared
 from benchmarks import just_how_toxic, polytope
+from benchmarks._record import UsageError
 from mlsec_jax import data
 
 
@@ -103,3 +104,37 @@ def test_linear_victims_learn_their_poisons():
     rows = rows.at[:, :2].set(jnp.array([[0, 2], [1, 3]]))
     logits = shared.linear_victims(jax.random.split(jax.random.key(1), 2), table, rows, place, place[:, :1], head, recipe)
     assert np.argmax(np.asarray(logits)[:, 0], axis=1).tolist() == [0, 1]
+
+
+def test_a_folders_own_target_is_asked_under_its_patch():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (25, 8, 6, 3), np.uint8)
+    folder = data.PoisonFolder(x, np.full(25, 3, np.int32), np.arange(25), x[0], 1)
+    np.testing.assert_allclose(just_how_toxic.asked("f", folder), x[0] / 255, atol=1e-7)
+    patch = rng.uniform(size=(3, 2, 4))
+    found = np.asarray(just_how_toxic.asked("f", folder._replace(patch=patch, corner=(2, 5))))
+    expected = x[0] / 255
+    for row in range(2):
+        for column in range(4):
+            expected[5 + row, 2 + column] = patch[:, row, column]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    for corner in ((3, 5), (-1, 0), (2, 7)):
+        with pytest.raises(UsageError, match=r"a patch .* inside the target"):
+            just_how_toxic.asked("f", folder._replace(patch=patch, corner=corner))
+
+
+def test_a_folder_of_other_labels_shapes_or_budgets_is_refused():
+    rng = np.random.default_rng(0)
+    x = rng.integers(20, 200, (30, 4, 4, 3), np.uint8)
+    images = shared.Images(x, np.zeros(30, np.int64), x, np.zeros(30, np.int64), ())
+    trial = data.PoisonSetup(0, 1, 3, np.arange(25))
+    folder = data.PoisonFolder(x[:25] + 8, np.full(25, 3, np.int32), np.arange(25), x[0], 1)
+    just_how_toxic.checked("f", folder, trial, images)
+    for wrong, message in (
+        (folder._replace(y=folder.y + (np.arange(25) == 7)), r"label 3, got \[3, 4\]"),
+        (folder._replace(x=x[:25, :3]), "images like their bases"),
+        (folder._replace(target_x=x[0, :3]), "images like their bases"),
+        (folder._replace(x=x[:25] + 10), "within 8 levels"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            just_how_toxic.checked("f", wrong, trial, images)
