@@ -35,6 +35,18 @@ def between(name: str, value: Any, low: float, high: float) -> None:
             raise ValueError(f"{name}: expected between {low} and {high}, got {value}.")
 
 
+def floating(name: str, value: Any) -> None:
+    """Raises unless the inputs are floating: raw bytes are neither scaled nor differentiable."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected floating inputs, got {value.dtype}: scale images to [0, 1] first (x / 255).")
+
+
+def integer_labels(name: str, y: Any) -> None:
+    """Raises unless the labels are integers, one a row."""
+    if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integer labels [n], got {y.dtype}{y.shape}.")
+
+
 def one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
     """Raises unless the value is one of the options."""
     if value not in options:

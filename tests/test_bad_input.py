@@ -124,6 +124,7 @@ def few_clean_rows():
         (lambda: threat.additive(jnp.full((2, 2, 1), 0.9), radius=8 / 255), "pattern: expected at most radius"),
         (lambda: threat.corners(jnp.ones((3, 3, 1)))(None, jnp.zeros((1, 4, 4, 1))), "four times side by side"),
         (lambda: threat.to_class(7)(jnp.ones((2, 3))), "less than the 3 classes"),
+        (lambda: threat.to_class(300)(jnp.zeros(2, jnp.uint8)), "target: expected at most 255 for labels of uint8"),
         (lambda: measure.accuracy(jnp.ones((2, 1)), mj.dataset(jnp.ones((2, 1)), jnp.array([0, 1]))), "c > 1"),
     ],
 )  # fmt: skip
