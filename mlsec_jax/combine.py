@@ -223,8 +223,7 @@ def filter_top(
     def cut(score: jax.Array, subject: Data) -> tuple[jax.Array, jax.Array, dict]:
         group = jnp.zeros(score.shape, jnp.int32)
         if num_classes is not None:
-            if subject.y.ndim != 1:
-                raise ValueError(f"subject.y: expected integer labels [n] for filtering by class, got shape {subject.y.shape}.")
+            checks.integer_labels("subject.y", subject.y)
             checks.labels("subject.y", subject.y, subject.weight, num_classes)
             group = subject.y
         present = subject.weight > 0
