@@ -35,6 +35,18 @@ def between(name: str, value: Any, low: float, high: float) -> None:
             raise ValueError(f"{name}: expected between {low} and {high}, got {value}.")
 
 
+def floating(name: str, value: Any) -> None:
+    """Raises unless the inputs are floating: raw bytes are neither scaled nor differentiable."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected floating inputs, got {value.dtype}: scale images to [0, 1] first (x / 255).")
+
+
+def integer_labels(name: str, y: Any) -> None:
+    """Raises unless the labels are integers, one a row."""
+    if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integer labels [n], got {y.dtype}{y.shape}.")
+
+
 def one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
     """Raises unless the value is one of the options."""
     if value not in options:
@@ -109,6 +121,18 @@ def binary(name: str, y: Any, weight: Any) -> None:
             raise ValueError(f"{name}: expected labels {{0, 1}} or {{-1, +1}}, [n], got {found[:5]} of shape {y.shape}.")
 
 
+def finite(name: str, value: Any, weight: Any) -> None:
+    """Raises if a row of positive weight holds NaN or infinity, in any leaf `[n, ...]`. Tracers pass."""
+    if not is_concrete((value, weight)):
+        return
+    present = np.flatnonzero(np.asarray(weight) > 0)
+    for leaf in jax.tree.leaves(value):
+        array = np.asarray(leaf)
+        bad = present[~np.isfinite(array[present]).all(axis=tuple(range(1, array.ndim)))]
+        if bad.size:
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity in {bad.size} rows (first: {bad[0]}).")
+
+
 def data(name: str, value: Any, num_classes: int | None = None) -> None:
     """Raises on NaN, labels out of range, negative weights, or no row of positive weight. Host border only.
 
@@ -127,13 +151,7 @@ def data(name: str, value: Any, num_classes: int | None = None) -> None:
     present = weight > 0
     if not present.any():
         raise ValueError(f"{name}: expected at least one row of positive weight, got none in {weight.size} rows.")
-    for leaf in jax.tree.leaves(value.x):
-        bad = ~np.isfinite(np.asarray(leaf)[present].reshape(present.sum(), -1)).all(axis=1)
-        if bad.any():
-            row = np.flatnonzero(present)[np.flatnonzero(bad)[0]]
-            raise ValueError(
-                f"{name}.x: expected finite values, got NaN or infinity in {bad.sum()} rows (first: {row})."
-            )
+    finite(f"{name}.x", value.x, weight)
     seen = np.asarray(value.y)[present]
     if seen.dtype.kind == "f" and not np.isfinite(seen).all():
         raise ValueError(f"{name}.y: expected finite values, got NaN or infinity.")

@@ -223,8 +223,7 @@ def filter_top(
     def cut(score: jax.Array, subject: Data) -> tuple[jax.Array, jax.Array, dict]:
         group = jnp.zeros(score.shape, jnp.int32)
         if num_classes is not None:
-            if subject.y.ndim != 1:
-                raise ValueError(f"subject.y: expected integer labels [n] for filtering by class, got shape {subject.y.shape}.")
+            checks.integer_labels("subject.y", subject.y)
             checks.labels("subject.y", subject.y, subject.weight, num_classes)
             group = subject.y
         present = subject.weight > 0
@@ -312,7 +311,8 @@ def defended(
       trainer: the victim's, `(key, params, data) -> (params, info)`.
       before: sanitizers of the training `Data`. If one needs a model, a probe is first trained on the unfiltered data
         with its own key; the victim then starts from the original parameters.
-      during: `(key, batch) -> batch`, for trainers that run the SGD loop.
+      during: `(key, batch) -> batch`, for trainers that run the SGD loop; not for the probe, nor for that of a trainer that
+        is `defended` already.
       after: transforms of the trained parameters.
       known: the defender's own knowledge.
 
@@ -321,19 +321,24 @@ def defended(
       victim trained on.
     """
     known = Known() if known is None else known
-    sanitize, repair = chain(*before), chain(*after)
     inner = trainer
     if during is not None:
         if getattr(trainer, "batched", None) is None:
             raise ValueError("during: expected a trainer that runs the SGD loop (it has `batched`), got one without.")
         inner = trainer.batched(during)
+    return _defended(inner, trainer, before, after, known)
+
+
+def _defended(inner: Any, prober: Any, before: Sequence[Transform], after: Sequence[Transform], known: Known) -> Trainer:
+    """`defended` of the victim's trainer, `during` included, and of the probe's, which has none."""
+    sanitize, repair = chain(*before), chain(*after)
 
     def sanitized(key: Key, params: Params, data: Data) -> tuple[Data, Info, Key, Key]:
         """The data that the victim trains on, the sanitizers' info, and the keys of what comes after."""
         probe_key, before_key, train_key, after_key = jax.random.split(key, 4)
         seen = known
         if needs_model(sanitize):
-            seen = known.replace(params=trainer(probe_key, params, data)[0])
+            seen = known.replace(params=prober(probe_key, params, data)[0])
         return *sanitize(before_key, data, seen), train_key, after_key
 
     def fit(key: Key, params: Params, data: Data) -> tuple[Params, Info]:
@@ -344,7 +349,7 @@ def defended(
         return trained, info
 
     def batched(transform: BatchTransform) -> Trainer:
-        return defended(inner.batched(transform), before=before, after=after, known=known)
+        return _defended(inner.batched(transform), prober, before, after, known)
 
     def probe(key: Key, params: Params, data: Data, cotangent: Params) -> dict[str, jax.Array]:
         """What the inner trainer says of itself; which rows were kept is part of the `pattern`."""

@@ -71,14 +71,22 @@ def merge(chosen: Any, rest: Any) -> Any:
 
 
 def dot(a: Any, b: Any) -> jax.Array:
-    """The inner product of two trees."""
-    terms = jax.tree.leaves(jax.tree.map(lambda u, v: jnp.vdot(u, v), a, b))
+    """The inner product of two trees, summed in at least float32."""
+    wide = lambda leaf: array(leaf).astype(np.promote_types(array(leaf).dtype, np.float32)) if is_float(leaf) else leaf
+    terms = jax.tree.leaves(jax.tree.map(lambda u, v: jnp.vdot(wide(u), wide(v)), a, b))
     return functools.reduce(jnp.add, terms) if terms else jnp.zeros(())
 
 
 def norm(a: Any) -> jax.Array:
     """The Euclidean norm of a tree."""
     return jnp.sqrt(dot(a, a))
+
+
+def clip_factor(a: Any, length: Any) -> jax.Array:
+    """What cuts a tree to a Euclidean norm of `length`: `min(1, length / ‖a‖)`, 1 for a zero; at least float32."""
+    square = dot(a, a)
+    own = jnp.sqrt(jnp.where(square > 0, square, 1))
+    return jnp.where(square > 0, jnp.minimum(1, jnp.asarray(length, own.dtype) / own), 1)
 
 
 def cosine(a: Any, b: Any) -> jax.Array:

@@ -107,6 +107,45 @@ def three_classes(scorer):
     return scorer(KEY, None, THREE, mj.Known())
 
 
+def scored(name, x, y):
+    """The scores of a set of 12 clean rows of two classes that are like it but for the row 5, in which x is put."""
+    clean = mj.dataset(jax.random.normal(KEY, (12, 4)), jnp.arange(12) % 2)
+    data = clean._replace(x=clean.x.at[5].set(x), y=y(clean.y))
+    identity = lambda params, x, key=None: x
+    linear = lambda params, x, key=None: x @ params
+    loss_fn = losses.cross_entropy(linear)
+    trainer = bilevel.unrolled(loss_fn, optax.sgd(0.1), 1)
+    scorer = {
+        "spectral": scores.spectral(identity, num_classes=2),
+        "activation_clusters": scores.activation_clusters(identity, num_classes=2, num_components=2),
+        "deep_knn": scores.deep_knn(identity, num_neighbours=2, num_classes=2),
+        "sphere": scores.sphere(),
+        "strip": scores.strip(linear, num_overlays=4),
+        "roni": scores.roni(linear, trainer, num_train=4, num_quiz=4, num_trials=1),
+        "influence": scores.influence(loss_fn, trainer),
+        "low_loss": scores.low_loss(loss_fn, trainer=trainer),
+    }[name]
+    return lambda data=data, clean=clean: scorer(KEY, jnp.ones((4, 2)), data, mj.Known(clean=clean, holdout=clean))
+
+
+BY_FEATURES = ["spectral", "activation_clusters", "deep_knn"]
+
+
+@pytest.mark.parametrize("name", [*BY_FEATURES, "sphere", "strip", "roni", "influence", "low_loss"])
+def test_nan_in_a_present_row_has_no_score(name):
+    score = scored(name, jnp.nan, lambda y: y)
+    what = "features_fn" if name in BY_FEATURES else r"data\.x"
+    with pytest.raises(ValueError, match=rf"{what}: expected finite values, got NaN or infinity in 1 rows \(first: 5\)"):
+        score()
+
+
+@pytest.mark.parametrize("name", BY_FEATURES)
+@pytest.mark.parametrize("y", [lambda y: jax.nn.one_hot(y, 2), lambda y: y.astype(jnp.float32)], ids=["soft", "real"])
+def test_scores_by_class_need_integer_labels(name, y):
+    with pytest.raises(ValueError, match=r"data\.y: expected integer labels \[n\], got float32"):
+        jax.jit(scored(name, 0.0, y))()
+
+
 def few_clean_rows():
     clean = mj.dataset(jnp.ones((80, 2)), jnp.zeros(80, jnp.int32), jnp.zeros(80).at[:20].set(1.0))
     scorer = scores.roni(lambda params, x, key=None: x @ params, lambda key, params, data: (params, {}))
@@ -124,6 +163,7 @@ def few_clean_rows():
         (lambda: threat.additive(jnp.full((2, 2, 1), 0.9), radius=8 / 255), "pattern: expected at most radius"),
         (lambda: threat.corners(jnp.ones((3, 3, 1)))(None, jnp.zeros((1, 4, 4, 1))), "four times side by side"),
         (lambda: threat.to_class(7)(jnp.ones((2, 3))), "less than the 3 classes"),
+        (lambda: threat.to_class(300)(jnp.zeros(2, jnp.uint8)), "target: expected at most 255 for labels of uint8"),
         (lambda: measure.accuracy(jnp.ones((2, 1)), mj.dataset(jnp.ones((2, 1)), jnp.array([0, 1]))), "c > 1"),
     ],
 )  # fmt: skip

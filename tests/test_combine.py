@@ -122,6 +122,20 @@ def test_a_probe_is_trained_for_a_stage_that_needs_a_model():
         combine.filter_top(loss_score, fraction=0.25)(KEY, problem.train, mj.Known())
 
 
+def test_a_batch_transform_given_outside_is_the_one_given_inside():
+    """The probe sees clean batches either way, so that the same rows are kept and the victim is the same."""
+    problem = problems.make()
+    trainer = bilevel.unrolled(problem.loss_fn, optax.sgd(0.5), 5)
+    flip = lambda key, batch: batch._replace(x=1 - batch.x)
+    sanitize = combine.filter_top(lambda key, params, data, known: problem.loss_fn(params, data), fraction=0.25)
+    trained, info = combine.defended(trainer, before=[sanitize], during=flip)(KEY, problem.params, problem.train)
+    outside, told = combine.defended(combine.defended(trainer, before=[sanitize]), during=flip)(
+        KEY, problem.params, problem.train
+    )
+    assert oracles.trees_equal(told["train"]["before"][0]["score"], info["before"][0]["score"])
+    assert oracles.trees_close(outside, trained, rtol=1e-5)  # full batch: the key does not matter
+
+
 def test_an_adaptive_attack_is_the_old_attack_on_a_defended_trainer():
     problem = problems.make()
     reach = threat.append_rows(problem.reserved)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mlsec_jax as mj
-from mlsec_jax import defenses, measure, scores
+from mlsec_jax import bilevel, defenses, measure, scores, tree
 
 KEY = jax.random.key(0)
 identity = lambda params, x, key=None: x
@@ -59,3 +59,30 @@ def test_labels_are_smoothed_in_float32(dtype):
     expected, same = predict(fit(KEY, None, single(data))[0], single(data).x)
     np.testing.assert_array_equal(label, expected)
     np.testing.assert_array_equal(info["log_error"], same["log_error"])
+
+
+@HALF
+def test_inner_products_are_summed_in_float32(dtype):
+    many = [jnp.full(16, 0.37, dtype) for _ in range(600)]
+    square = 16 * 600 * float(many[0][0]) ** 2
+    np.testing.assert_allclose(tree.dot(many, many), square, rtol=1e-5)
+    assert tree.dot(many, many).dtype == tree.norm(many).dtype == jnp.float32
+
+
+@HALF
+def test_gradients_are_clipped_and_added_in_float32(dtype):
+    """A linear loss, whose gradient is each row's own inputs in every leaf; rounding the result costs one part in 256."""
+    x = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=(300, 16)), dtype), np.float64)
+    params = [jnp.zeros(16, dtype) for _ in range(60)]
+    loss_fn = lambda params, data, key=None: sum(jnp.sum(data.x * leaf[None], axis=1) for leaf in params)
+    data = mj.dataset(jnp.asarray(x, dtype), jnp.zeros(300, jnp.int32))
+    length = np.sqrt(60) * np.linalg.norm(x, axis=1, keepdims=True)
+    clipped = 0.5 * x / length
+    grad_fn = bilevel.dp_gradient(clip_norm=0.5, noise_multiplier=0.0, batch_size=1.0)
+    for rows in (slice(1), slice(None)):
+        ours = grad_fn(KEY, loss_fn, params, jax.tree.map(lambda leaf, rows=rows: leaf[rows], data))
+        assert all(leaf.dtype == dtype for leaf in ours)
+        np.testing.assert_allclose(np.float64(ours[7]), clipped[rows].sum(axis=0), rtol=2**-8, atol=1e-5)
+    ascent = defenses.unlearning(until=1.0, clip_norm=0.5)(KEY, loss_fn, params, jax.tree.map(lambda leaf: leaf[:1], data))
+    assert all(leaf.dtype == dtype for leaf in ascent)
+    np.testing.assert_allclose(np.float64(ascent[7]), -clipped[0], rtol=2**-8, atol=1e-5)

@@ -77,7 +77,8 @@ def diagnose(
         if "pattern" in here:
             patterns = [report(x)["pattern"] for x in (ahead, behind)]
             crossed = jnp.any(jnp.stack([jnp.any(p != here["pattern"]) for p in patterns]))
-        return (value(ahead) - value(behind)) / (2 * step), tree.dot(gradient, u), crossed
+        slope = tree.dot(gradient, u)
+        return ((value(ahead) - value(behind)) / (2 * step)).astype(slope.dtype), slope, crossed
 
     differences, slopes, crossed = jax.lax.map(along, jnp.arange(num_directions))
     return {

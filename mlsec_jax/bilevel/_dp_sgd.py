@@ -27,7 +27,8 @@ def dp_gradient(*, clip_norm: Any, noise_multiplier: Any, batch_size: Any, chunk
       chunk: examples differentiated at once; None for the whole batch. A static trade of memory for time.
 
     Returns:
-      A `grad_fn` for the loop. Weights other than 0 and 1 raise the sensitivity, so any positive weight counts as 1.
+      A `grad_fn` for the loop, which clips, adds and blurs in at least float32. Weights other than 0 and 1 raise the
+      sensitivity, so any positive weight counts as 1.
 
     Reference: Abadi et al., CCS 2016, algorithm 1. Deviates from the paper in: division by the expected batch size.
     """
@@ -45,11 +46,9 @@ def dp_gradient(*, clip_norm: Any, noise_multiplier: Any, batch_size: Any, chunk
             example, k = row
             one = jax.tree.map(lambda leaf: leaf[None], example)
             gradient = jax.grad(lambda p: jnp.sum(loss_fn(p, one, k)))(params)
-            square = tree.dot(gradient, gradient)
-            length = jnp.sqrt(jnp.where(square > 0, square, 1))
-            factor = jnp.where(square > 0, jnp.minimum(1, jnp.asarray(clip_norm, length.dtype) / length), 1)
+            factor = tree.clip_factor(gradient, clip_norm)
             factor = factor * (example.weight > 0).astype(factor.dtype)
-            return jax.tree.map(lambda g: g * factor, gradient)
+            return jax.tree.map(lambda g: g.astype(factor.dtype) * factor, gradient)
 
         rows = (batch, jax.random.split(loss_key, batch.num_rows))
         size = batch.num_rows if chunk is None else min(chunk, batch.num_rows)
@@ -61,6 +60,6 @@ def dp_gradient(*, clip_norm: Any, noise_multiplier: Any, batch_size: Any, chunk
             (g + scale(g.dtype) * jax.random.normal(k, g.shape, g.dtype)) / jnp.asarray(batch_size, g.dtype)
             for g, k in zip(leaves, keys)
         ]
-        return jax.tree.unflatten(structure, noisy)
+        return jax.tree.map(lambda g, leaf: g.astype(jnp.result_type(leaf)), jax.tree.unflatten(structure, noisy), params)
 
     return grad_fn

@@ -78,7 +78,7 @@ def forward(
 
         def along(index: jax.Array) -> jax.Array:
             basis = jnp.zeros_like(flat).at[index].set(1)
-            return tree.dot(jax.jvp(with_rows, (flat,), (basis,))[1], float_cotangent)
+            return tree.dot(jax.jvp(with_rows, (flat,), (basis,))[1], float_cotangent).astype(flat.dtype)
 
         slopes = jax.lax.map(along, jnp.arange(flat.size), batch_size=min(chunk, flat.size)) if flat.size else flat
         x = jax.tree.map(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlsec_jax import checks, losses, tree
 from mlsec_jax.base import Data, Info, Key, LossFn, Params, Trainer
@@ -55,10 +56,10 @@ def _signed(factor_fn: Any, clip_norm: Any) -> GradFn:
         loss, gradient = jax.value_and_grad(losses.empirical(loss_fn))(params, batch, key)
         factor = jax.lax.stop_gradient(factor_fn(loss))
         if clip_norm is not None:
-            square = tree.dot(gradient, gradient)
-            length = jnp.sqrt(jnp.where(square > 0, square, 1))
-            factor = factor * jnp.where(square > 0, jnp.minimum(1, jnp.asarray(clip_norm, length.dtype) / length), 1)
-        return jax.tree.map(lambda g: factor.astype(g.dtype) * g, gradient)
+            shorter = tree.clip_factor(gradient, clip_norm)
+            factor = factor.astype(shorter.dtype) * shorter
+        wide = lambda g: np.promote_types(g.dtype, factor.dtype)
+        return jax.tree.map(lambda g: (factor.astype(wide(g)) * g.astype(wide(g))).astype(g.dtype), gradient)
 
     return grad_fn
 
@@ -83,9 +84,9 @@ def abl(loss_fn: LossFn, *, isolate: Any, refine: Any, unlearn: Any, num_isolate
       chunk: rows whose loss is taken at once.
 
     Returns:
-      A `Trainer`; info: `isolated [n]` (bool), `score [n]` (minus the loss after step 1: higher is more suspicious),
-      `isolate`, `refine`, `unlearn` (the trainers' own). Its derivative is of the trainings; the choice of rows is discrete and
-      counts as constant, as that of a hard filter does.
+      A `Trainer`; info: `isolated [n]` (bool), `score [n]` (minus the loss after step 1: higher is more suspicious; -inf for
+      absent rows), `isolate`, `refine`, `unlearn` (the trainers' own). Its derivative is of the trainings; the choice of rows
+      is discrete and counts as constant, as that of a hard filter does.
 
     References: Li et al., "Anti-Backdoor Learning", NeurIPS 2021, section 3.
     """
@@ -99,12 +100,13 @@ def abl(loss_fn: LossFn, *, isolate: Any, refine: Any, unlearn: Any, num_isolate
         params, isolate_info = isolate(isolate_key, params, data)
         one = lambda row: loss_fn(params, jax.tree.map(lambda leaf: leaf[None], row))[0]
         loss = jax.lax.map(one, losses.present(data), batch_size=min(chunk, data.num_rows))
-        lowest = jnp.argsort(jnp.where(data.weight > 0, loss, jnp.inf), stable=True)[:num_isolated]
+        score = jnp.where(data.weight > 0, -loss, -jnp.inf)
+        lowest = jnp.argsort(-score, stable=True)[:num_isolated]
         isolated = jnp.zeros(data.num_rows, bool).at[lowest].set(data.weight[lowest] > 0)
         left = data._replace(weight=jnp.where(isolated, 0, data.weight))
         params, refine_info = refine(refine_key, params, left)
         params, unlearn_info = unlearn(unlearn_key, params, tree.take(data, lowest))
         stages = {"isolate": isolate_info, "refine": refine_info, "unlearn": unlearn_info}
-        return params, {"isolated": isolated, "score": -loss, **stages}
+        return params, {"isolated": isolated, "score": score, **stages}
 
     return Trainer(fit)

@@ -12,6 +12,13 @@ from mlsec_jax import checks, linalg, loop, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Info, Key, Known, Params, Scorer, Trainer, Transform
 
 
+def _clean_and_trigger(known: Known, by: str) -> tuple[Data, Any]:
+    """The clean rows and the trigger that a method asks for."""
+    clean, trigger = (known.require(field, by=by) for field in ("clean", "trigger"))
+    checks.data("known.clean", clean)
+    return clean, trigger
+
+
 def _gaps(features_fn: ApplyFn, params: Params, clean: Data, trigger: Any) -> jax.Array:
     """The mean of every neuron with the trigger, less its mean without: `[d]`; larger = driven more by the trigger."""
     present = losses.present(clean)
@@ -45,7 +52,7 @@ def trigger_neurons(features_fn: ApplyFn, *, fraction: float = 0.01) -> Scorer:
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         del key
-        clean, trigger = (known.require(field, by="defenses.trigger_neurons") for field in ("clean", "trigger"))
+        clean, trigger = _clean_and_trigger(known, "defenses.trigger_neurons")
         gaps = _gaps(features_fn, params, clean, trigger)
         slack = 4 * np.finfo(np.float64).eps  # a share that is whole stays so: 0.29 of 100 neurons are 29
         _, chosen = jax.lax.top_k(gaps, max(1, int(fraction * gaps.size * (1 + slack))))
@@ -74,7 +81,7 @@ def unlearn_trigger(trainer: Trainer, *, fraction: Any = 0.2) -> Transform:
     checks.between("fraction", fraction, 0, 1)
 
     def transform(key: Key, subject: Params, known: Known) -> tuple[Params, Info]:
-        clean, trigger = (known.require(field, by="defenses.unlearn_trigger") for field in ("clean", "trigger"))
+        clean, trigger = _clean_and_trigger(known, "defenses.unlearn_trigger")
         draw_key, stamp_key, train_key = jax.random.split(key, 3)
         present = clean.weight > 0
         place = jnp.argsort(jnp.argsort(loop.lots(draw_key, clean.weight)))
@@ -129,7 +136,7 @@ def prune_trigger(
 
     def transform(key: Key, subject: Params, known: Known) -> tuple[Params, Info]:
         del key
-        clean, trigger = (known.require(field, by="defenses.prune_trigger") for field in ("clean", "trigger"))
+        clean, trigger = _clean_and_trigger(known, "defenses.prune_trigger")
         gaps = _gaps(features_fn, subject, clean, trigger)
         readers, rest = tree.partition(subject, reads)
         found = [leaf.shape for leaf in jax.tree.leaves(readers)]
@@ -137,6 +144,7 @@ def prune_trigger(
             raise ValueError(f"reads: expected leaves whose first axis is the {gaps.size} features, got shapes {found}.")
         place = jnp.argsort(jnp.argsort(-gaps)).astype(jnp.int32)
         stamped = trigger(None, losses.present(clean).x)
+        checks.between("label", label, 0, jax.eval_shape(apply_fn, subject, stamped).shape[1] - 1)
         other = jnp.where(clean.y == label, 0, clean.weight)
 
         def cut(k: jax.Array) -> tuple[Params, jax.Array]:

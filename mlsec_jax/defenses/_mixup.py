@@ -54,8 +54,7 @@ def mixup(*, num_classes: int, ways: int = 2, alpha: Any = 1.0) -> BatchTransfor
         keep = batch.weight > 0
 
         def mix(x: jax.Array, own: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise ValueError(f"batch.x: expected floating inputs, got {x.dtype}.")
+            checks.floating("batch.x", x)
             mixed = jnp.tensordot(shares.astype(x.dtype), x[rows], axes=1)
             return jnp.where(tree.per_row(keep, own), mixed, own)
 

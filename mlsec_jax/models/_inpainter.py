@@ -75,7 +75,7 @@ def inpainter(
 
     def features(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         del key
-        _model.require_float(x)
+        checks.floating("x", x)
         image, mask = x[..., :-1], x[..., -1:]
         blank = jnp.broadcast_to(jnp.asarray(mean, x.dtype), image.shape[1:])[None]
         h = jnp.concatenate([jnp.where(mask > 0, blank, image) - blank, mask], axis=3)

@@ -120,14 +120,8 @@ def row_spec(x: Any) -> tuple[tuple[int, ...], Any]:
         return x, jnp.result_type(float)
     if not hasattr(x, "shape") or len(x.shape) < 2:
         raise ValueError(f"x: expected a batch [n, ...] or the shape of a row as a tuple, got {x!r}.")
-    require_float(x)
+    checks.floating("x", x)
     return tuple(x.shape[1:]), x.dtype
-
-
-def require_float(x: Any) -> None:
-    """Raises unless the inputs are floating: raw bytes are neither scaled nor differentiable."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x: expected floating inputs, got {x.dtype}: scale images to [0, 1] first (x / 255).")
 
 
 def normaliser(mean: Any, std: Any) -> Callable[[jax.Array], jax.Array]:
@@ -139,7 +133,7 @@ def normaliser(mean: Any, std: Any) -> Callable[[jax.Array], jax.Array]:
     plain = all(isinstance(value, (int, float)) for value in (mean, std)) and mean == 0 and std == 1
 
     def normalise(x: jax.Array) -> jax.Array:
-        require_float(x)
+        checks.floating("x", x)
         if plain:
             return x
         centre, scale = (jnp.broadcast_to(jnp.asarray(v, x.dtype), x.shape[1:])[None] for v in (mean, std))

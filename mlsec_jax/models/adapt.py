@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mlsec_jax import checks
 from mlsec_jax.base import Params
 from mlsec_jax.models._conv import grouped_conv
-from mlsec_jax.models._model import Model, require_float, row_spec
+from mlsec_jax.models._model import Model, row_spec
 
 FlagsFn = Callable[[bool], dict[str, Any]]
 
@@ -66,7 +67,7 @@ def linen(module: Any, *, flags_fn: FlagsFn | None = None, features_method: Any 
         return {"params": variables.pop("params", {}), "state": variables}
 
     def call(params: Params, x: jax.Array, key: jax.Array | None, method: Any) -> Any:
-        require_float(x)
+        checks.floating("x", x)
         variables = {"params": params["params"], **lax.stop_gradient(params["state"])}
         rngs = None if key is None else {"dropout": key}
         return module.apply(variables, x, method=method, rngs=rngs, **flags(key is not None))
@@ -99,7 +100,7 @@ def nnx(create_fn: Callable[[Any], Any], *, features_method: str | None = None) 
         return nnx_params(create_fn(flax_nnx.Rngs(key)))
 
     def call(params: Params, x: jax.Array, key: jax.Array | None, method: str | None) -> Any:
-        require_float(x)
+        checks.floating("x", x)
         # Copies: the merged module's counters advance, and must not do so in the captured ones.
         own_streams = jax.tree.map(jnp.copy, streams)
         module = flax_nnx.merge(graph, params["params"], own_streams, lax.stop_gradient(params["state"]))
@@ -149,7 +150,7 @@ def haiku(
         return {"params": params, "state": state}
 
     def call(params: Params, x: jax.Array, key: jax.Array | None, method: Any) -> Any:
-        require_float(x)
+        checks.floating("x", x)
         frozen = lax.stop_gradient(params["state"])
         out, state = functions[method].apply(params["params"], frozen, key, x, **flags(key is not None))
         if any(a is not b for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(frozen), strict=True)):
@@ -182,7 +183,7 @@ def equinox(create_fn: Callable[[jax.Array], Any], *, features_method: str | Non
         return equinox_params(*created) if stateful else equinox_params(created)
 
     def call(params: Params, x: jax.Array, key: jax.Array | None, method: str | None) -> Any:
-        require_float(x)
+        checks.floating("x", x)
         module = _set_inference(eqx, eqx.combine(params["params"], static), key is None)
         state = lax.stop_gradient(params["state"])
         keys = None if key is None else jax.random.split(key, x.shape[0])

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlsec_jax import checks, losses, tree
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer, Trainer
-from mlsec_jax.scores._by_class import Blocks, blocks, no_derivative, ordered
+from mlsec_jax.scores._by_class import Blocks, blocks, near_to_all, no_derivative, ordered
 
 
 class Clusters(NamedTuple):
@@ -51,9 +51,11 @@ def cluster_activations(
     checks.above("tolerance", tolerance, 0)
 
     def find(key: Key, params: Params, data: Data) -> Clusters:
+        checks.integer_labels("data.y", data.y)
         checks.labels("data.y", data.y, data.weight, num_classes)
         h = no_derivative("scores.activation_clusters", features_fn(params, losses.present(data).x))
         h = h.reshape(h.shape[0], -1).astype(np.promote_types(h.dtype, np.float32))
+        checks.finite("features_fn", h, data.weight)
         _check(h, data, num_classes, num_components)
         block = blocks(data, num_classes, content=h)
         weight = block.take(data.weight.astype(h.dtype))
@@ -101,7 +103,7 @@ def _whiten(block: Blocks, h: jax.Array, weight: jax.Array, k: int) -> tuple[jax
 
     A dead unit adds nothing to the covariance, so that it needs no dropping.
     """
-    x = block.take(h) - h[block.rows[0, 0]][None, None]  # any shift will do, and one near to the rows rounds less
+    x = block.take(h) - near_to_all(h, block)[None, None]
     size = block.total(jnp.sum(weight, axis=1))
     size = jnp.where(size > 0, size, 1)
     mean = block.total(jax.lax.map(lambda part: part[1] @ part[0], (x, weight))) / size[:, None]

@@ -67,6 +67,15 @@ def blocks(data: Data, num_classes: int, most: int = 512, content: jax.Array | N
     return Blocks(rows.reshape(number, size), jnp.minimum(label, num_classes - 1).astype(jnp.int32), first, stop)
 
 
+def near_to_all(h: jax.Array, block: Blocks) -> jax.Array:
+    """A row of the features `[d]`, by which all are shifted: it changes nothing but the rounding, which gets less.
+
+    Where it isn't finite it is 0, so that a bad row costs its own class alone.
+    """
+    row = h[block.rows[0, 0]]
+    return jnp.where(jnp.isfinite(row), row, 0)
+
+
 def ordered(data: Data, num_classes: int, content: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Each row's class, `num_classes` if it is absent, and all rows by class and then as they come, or by `content`."""
     group = jnp.where(data.weight > 0, data.y, num_classes).astype(jnp.int32)

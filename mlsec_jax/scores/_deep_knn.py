@@ -18,7 +18,8 @@ def deep_knn(features_fn: ApplyFn, *, num_neighbours: int, num_classes: int, blo
     plurality's: `combine.filter_above(deep_knn(…), threshold=0.0)`.
 
     All pairs are looked at, `block_size` rows at a time: O(n² d) time, O(block_size · n) memory. Of equally near rows the
-    earlier counts; a row weighs 1 or, absent, 0. Votes have no derivative: to differentiate raises.
+    earlier counts; features that are all zero stay so, at distance 1 from the others; a row weighs 1 or, absent, 0. Votes
+    have no derivative: to differentiate raises.
 
     Args:
       features_fn: `(params, x, key=None) -> [n, ...]`, flattened.
@@ -39,19 +40,22 @@ def deep_knn(features_fn: ApplyFn, *, num_neighbours: int, num_classes: int, blo
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         del key, known
+        checks.integer_labels("data.y", data.y)
         checks.labels("data.y", data.y, data.weight, num_classes)
         present = checks.num_present(data)
         if num_neighbours >= present:
             raise ValueError(f"num_neighbours: expected less than the {present} present rows, got {num_neighbours}.")
         h = no_derivative("scores.deep_knn", features_fn(params, losses.present(data).x))
         h = h.reshape(h.shape[0], -1)
+        checks.finite("features_fn", h, data.weight)
         square = jnp.sum(jnp.square(h), axis=1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
+        dead = jnp.where(square[:, 0] > 0, 0, 0.5).astype(h.dtype)  # inner products rank rows of unit length; others are 0
         there = data.weight > 0
         rows = jnp.arange(data.num_rows, dtype=jnp.int32)
 
         def each(row: jax.Array) -> jax.Array:
-            near = jnp.where(there & (rows != row), h @ h[row], -jnp.inf)
+            near = jnp.where(there & (rows != row), h @ h[row] + dead, -jnp.inf)
             value, neighbour = jax.lax.top_k(near, num_neighbours)
             real = jnp.isfinite(value)
             votes = jnp.zeros(num_classes, h.dtype).at[jnp.where(real, data.y[neighbour], num_classes)].add(1, mode="drop")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import losses
+from mlsec_jax import checks, losses
 from mlsec_jax.base import Data, Key, Known, LossFn, Params, Scorer
 
 
@@ -34,6 +34,8 @@ def influence(loss_fn: LossFn, trainer: Any) -> Scorer:
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         holdout = known.require("holdout", by="scores.influence")
+        checks.finite("known.holdout.x", holdout.x, holdout.weight)
+        checks.finite("data.x", data.x, data.weight)
 
         def held_out(weight: jax.Array) -> jax.Array:
             trained, _ = trainer(key, params, data._replace(weight=weight))

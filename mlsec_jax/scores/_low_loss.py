@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mlsec_jax import losses
+from mlsec_jax import checks, losses
 from mlsec_jax.base import Data, Key, Known, LossFn, Params, Scorer, Trainer
 
 
@@ -30,6 +30,7 @@ def low_loss(loss_fn: LossFn, *, trainer: Trainer | None = None) -> Scorer:
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         del known
+        checks.finite("data.x", data.x, data.weight)
         if trainer is not None:
             params, _ = trainer(key, params, data)
         return jnp.where(data.weight > 0, -loss_fn(params, losses.present(data)), -jnp.inf)

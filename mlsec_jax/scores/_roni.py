@@ -46,6 +46,8 @@ def roni(
         if num_train + num_quiz > there:
             raise ValueError(f"num_train + num_quiz: expected at most the {there} rows of known.clean, "
                              f"got {num_train + num_quiz}.")  # fmt: skip
+        checks.finite("known.clean.x", clean.x, clean.weight)
+        checks.finite("data.x", data.x, data.weight)
         params, data, clean = no_derivative("scores.roni", (params, losses.present(data), losses.present(clean)))
         drawn, nobody = tree.take(data, jnp.zeros(1, jnp.int32)), jnp.zeros(1, data.weight.dtype)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mlsec_jax import checks, linalg, losses
 from mlsec_jax.base import ApplyFn, Data, Key, Known, Params, Scorer
-from mlsec_jax.scores._by_class import blocks
+from mlsec_jax.scores._by_class import blocks, near_to_all
 
 
 def spectral(
@@ -34,7 +34,7 @@ def spectral(
         `λ / (λ - λ₂)`.
 
     Returns:
-      A `Scorer`; rows of weight 0 score 0.
+      A `Scorer`; rows of weight 0 score 0. Under `jit`, where features of NaN don't raise, all of their class score NaN.
 
     References: Tran, Li & Madry, NeurIPS 2018, algorithm 1.
     """
@@ -44,11 +44,13 @@ def spectral(
 
     def score(key: Key, params: Params, data: Data, known: Known) -> jax.Array:
         del known
+        checks.integer_labels("data.y", data.y)
         checks.labels("data.y", data.y, data.weight, num_classes)
         h = features_fn(params, losses.present(data).x)
         h = h.reshape(h.shape[0], -1).astype(np.promote_types(h.dtype, np.float32))
+        checks.finite("features_fn", h, data.weight)
         block = blocks(data, num_classes)
-        common = jax.lax.stop_gradient(h[block.rows[0, 0]])  # a shift of all features changes nothing but the rounding
+        common = jax.lax.stop_gradient(near_to_all(h, block))
         near, weight = block.take(h) - common[None, None], block.take(data.weight.astype(h.dtype))
         size = block.total(jnp.sum(weight, axis=1))[:, None]
         size = jnp.where(size > 0, size, 1)

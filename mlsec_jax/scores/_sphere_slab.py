@@ -22,6 +22,7 @@ def centroids(data: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
       and each row's weight in either.
     """
     checks.binary("data.y", data.y, data.weight)
+    checks.finite("data.x", data.x, data.weight)
     x = losses.present(data).x
     rows = x.reshape(x.shape[0], -1)
     weight = data.weight.astype(rows.dtype)

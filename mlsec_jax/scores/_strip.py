@@ -42,6 +42,8 @@ def strip(
         there = checks.num_present(clean)
         if num_overlays > there:
             raise ValueError(f"num_overlays: expected at most the {there} rows of known.clean, got {num_overlays}.")
+        checks.finite("known.clean.x", clean.x, clean.weight)
+        checks.finite("data.x", data.x, data.weight)
         rows = jnp.argsort(loop.lots(key, clean.weight))[:num_overlays]
         overlays = tree.take(losses.present(clean).x, rows)
         a, b = (jnp.asarray(v) for v in mix)

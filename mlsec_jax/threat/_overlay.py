@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from mlsec_jax import checks
 from mlsec_jax.base import Key
 
 
@@ -34,6 +35,7 @@ class Overlay(NamedTuple):
     def __call__(self, key: Key | None, x: jax.Array) -> jax.Array:
         """`x [n, ...]` with the trigger; the key is not read."""
         del key
+        checks.floating("x", x)
         if x.shape[1:] != self.pattern.shape:
             raise ValueError(f"x: expected rows of the pattern's shape {self.pattern.shape}, got {x.shape[1:]}.")
         m = self.opacity.astype(x.dtype)

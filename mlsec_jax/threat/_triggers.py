@@ -18,6 +18,8 @@ Relabel = Callable[[jax.Array], jax.Array]  # labels -> the labels that triggere
 class Trigger(NamedTuple):
     """A trigger: arrays, and how they are put on inputs. Called like `trigger(key, x)`.
 
+    Those of this room take floating inputs: bytes, to which a pattern in [0, 1] would be cast as 0, raise.
+
     Attributes:
       pattern: what an attacker may optimise, any pytree of arrays.
       stamp: `(pattern, key, x [n, ...]) -> x` with the trigger, differentiable in pattern and x. The key says where, for a
@@ -67,6 +69,8 @@ def patch(pattern: Any, *, at: tuple[int, int] | None = (-1, -1), mask: Any = No
     pattern = _floating(pattern)
     if pattern.ndim != 3:
         raise ValueError(f"pattern: expected [h, w, c], got shape {pattern.shape}.")
+    if at is not None and (np.shape(at) != (2,) or np.asarray(at).dtype.kind not in "iu"):
+        raise ValueError(f"at: expected two integers, (row, column), or None, got {at!r}.")
     height, width, _ = pattern.shape
     opaque = mask is None
     mask = jnp.ones((height, width), pattern.dtype) if opaque else jnp.asarray(mask, pattern.dtype)
@@ -87,6 +91,7 @@ def patch(pattern: Any, *, at: tuple[int, int] | None = (-1, -1), mask: Any = No
             raise ValueError(f"x: expected images [n, h, w, {pattern.shape[2]}], got shape {x.shape}.")
         if height > x.shape[1] or width > x.shape[2]:
             raise ValueError(f"pattern: expected one that fits images of {x.shape[1]}x{x.shape[2]}, got {height}x{width}.")
+        checks.floating("x", x)
         pattern = pattern.astype(x.dtype)
 
         def paste(image: jax.Array, row: Any, column: Any) -> jax.Array:
@@ -231,9 +236,11 @@ def warp(key: Key, shape: tuple[int, int], *, strength: Any = 0.5, grid: int = 4
         del key
         if x.ndim != 4 or x.shape[1:3] != tuple(shape):
             raise ValueError(f"x: expected images [n, {shape[0]}, {shape[1]}, c], got shape {x.shape}.")
-        rows, columns = jnp.arange(shape[0], dtype=x.dtype)[:, None], jnp.arange(shape[1], dtype=x.dtype)[None]
-        shift = flow.astype(x.dtype)
-        return _bilinear(x, rows + shift[:, :, 0], columns + shift[:, :, 1])
+        checks.floating("x", x)
+        wide = np.promote_types(x.dtype, np.float32)  # half precision counts no further than 256 pixels
+        rows, columns = jnp.arange(shape[0], dtype=wide)[:, None], jnp.arange(shape[1], dtype=wide)[None]
+        shift = flow.astype(wide)
+        return _bilinear(x.astype(wide), rows + shift[:, :, 0], columns + shift[:, :, 1]).astype(x.dtype)
 
     return Trigger(jnp.asarray(strength, flow.dtype) * flow, stamp, lambda flow: flow)
 
@@ -250,6 +257,7 @@ def _bilinear(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def _over_rows(pattern: jax.Array, x: jax.Array) -> jax.Array:
+    checks.floating("x", x)
     if pattern.shape != x.shape[1:]:
         raise ValueError(f"pattern: expected the shape of one row, {x.shape[1:]}, got {pattern.shape}.")
     return jnp.broadcast_to(pattern.astype(x.dtype), x.shape)
@@ -261,6 +269,8 @@ def to_class(target: int) -> Relabel:
 
     def relabel(y: jax.Array) -> jax.Array:
         if y.ndim == 1:
+            if jnp.issubdtype(y.dtype, jnp.integer) and target > jnp.iinfo(y.dtype).max:
+                raise ValueError(f"target: expected at most {jnp.iinfo(y.dtype).max} for labels of {y.dtype}, got {target}.")
             return jnp.full_like(y, target)
         if target >= y.shape[1]:
             raise ValueError(f"target: expected less than the {y.shape[1]} classes of the labels, got {target}.")

@@ -75,6 +75,13 @@ def test_the_poisons_are_isolated_and_forgotten():
     assert right(trained) > right(control) - 0.03
 
 
+def test_absent_rows_have_the_least_score():
+    pieces = {name: bilevel.unrolled(HALF, optax.sgd(0.1), 1) for name in ("isolate", "refine", "unlearn")}
+    data = ONE._replace(weight=jnp.array([1.0, 0.0]))
+    score = defenses.abl(HALF, **pieces, num_isolated=1)(KEY, jnp.float32(0), data)[1]["score"]
+    assert jnp.isfinite(score[0]) and score[1] == -jnp.inf
+
+
 def test_bad_input_is_named():
     pieces = {name: bilevel.unrolled(HALF, optax.sgd(0.1), 1) for name in ("isolate", "refine", "unlearn")}
     with pytest.raises(ValueError, match="num_isolated: expected an integer"):

@@ -1,5 +1,7 @@
 """Bagging: its radius against the condition of the paper, and against every attack on a toy whose draws can all be listed."""
 
+import bisect
+import decimal
 import itertools
 
 import jax
@@ -42,9 +44,26 @@ def test_the_radius_is_the_largest_that_the_condition_holds_for():
             gaps = rng.uniform(-0.1, 1.0, 12)
             ours = np.asarray(_radius(jnp.asarray(gaps), jnp.asarray(n), k))
             for gap, r in zip(gaps, ours):
-                # between n and n + r the condition peaks at a real number, not a whole one: ours may be one less
                 assert r == -1 or condition(n, k, r, gap)
-                assert not condition(n, k, r + (1 if n > 100 else 2), gap) or r == n
+                assert not condition(n, k, r + 1, gap)
+
+
+@pytest.mark.parametrize("k", [1, 3, 100, 1000, 10_000])
+def test_rounding_never_raises_a_radius_and_seldom_lowers_it(k):
+    """In float32 against 50 digits: gaps at the edge of a radius, and any."""
+    below = total = 0
+    with decimal.localcontext(prec=50):
+        for n in (50, 13_007, 60_000):
+            needed = (2 - 2 * (1 - decimal.Decimal(r) / n) ** k for r in range(n))
+            needed = list(itertools.takewhile(lambda gap: gap < 1, needed))
+            edges = np.array(needed, np.float32)
+            edges = np.concatenate([edges, np.nextafter(edges, np.float32(2)), np.nextafter(edges, np.float32(-1))])
+            gaps = np.concatenate([edges, np.random.default_rng(0).uniform(0, 1, 200).astype(np.float32)])
+            ours = np.asarray(_radius(jnp.asarray(gaps), jnp.asarray(n), k))
+            exact = np.array([bisect.bisect_left(needed, decimal.Decimal(float(gap))) - 1 for gap in gaps])
+            assert (ours <= exact).all() and (ours >= exact - 1).all()
+            below, total = below + (ours < exact)[edges.size :].sum(), total + 200
+    assert below < 0.02 * total
 
 
 def listed(data, x, num_draws):

@@ -123,6 +123,16 @@ def test_bad_input_is_named():
         defenses.trigger_neurons(features_fn)(KEY, backdoored(), rows(), mj.Known(clean=rows()))
     with pytest.raises(ValueError, match="reads: expected leaves whose first axis is the 4 features"):
         defenses.prune_trigger(apply_fn, features_fn, label=0, reads=lambda path, leaf: False)(KEY, backdoored(), KNOWN)
+    with pytest.raises(ValueError, match="label: expected between 0 and 2, got 3"):
+        jax.jit(defenses.prune_trigger(apply_fn, features_fn, label=3))(KEY, backdoored(), KNOWN)
+    nobody = KNOWN.replace(clean=rows()._replace(weight=jnp.zeros(30)))
+    for act in (
+        lambda: defenses.trigger_neurons(features_fn)(KEY, backdoored(), rows(), nobody),
+        lambda: defenses.prune_trigger(apply_fn, features_fn, label=0)(KEY, backdoored(), nobody),
+        lambda: defenses.unlearn_trigger(lambda key, params, data: (params, {}))(KEY, backdoored(), nobody),
+    ):
+        with pytest.raises(ValueError, match=r"known\.clean: expected at least one row of positive weight"):
+            act()
     with pytest.raises(ValueError, match="success: expected between"):
         defenses.prune_trigger(apply_fn, features_fn, label=0, success=2.0)
     with pytest.raises(ValueError, match="fraction: expected between"):

@@ -40,6 +40,21 @@ def test_deep_knn_is_scikit_learns_plurality():
     assert (ours[~present] == -1).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_deep_knn_of_rows_whose_units_are_all_dead_is_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(40, 4)) * (rng.uniform(size=(40, 1)) > 0.2)).astype(np.float32)
+    y = rng.integers(0, 3, 40)
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    unit = x / np.where(length > 0, length, 1)
+    ours = scores.deep_knn(identity, num_neighbours=7, num_classes=3)(KEY, None, mj.dataset(x, y), mj.Known())
+    for i in range(40):
+        far = np.linalg.norm(unit - unit[i], axis=1).round(5)  # from a row of zeros all others are equally far
+        far[i] = np.inf
+        votes = np.bincount(y[np.argsort(far, kind="stable")[:7]], minlength=3)
+        np.testing.assert_allclose(ours[i], (np.delete(votes, y[i]).max() - votes[y[i]]) / 7, atol=1e-6)
+
+
 def test_deep_knn_removes_flipped_labels():
     data = make()
     flipped = data._replace(y=data.y.at[:5].set((data.y[:5] + 1) % 3))

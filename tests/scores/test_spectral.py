@@ -34,6 +34,20 @@ def test_scores_are_numpys(centred):
         np.testing.assert_allclose(np.asarray(ours)[y == c], expected, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["spectral", "activation_clusters"])
+@pytest.mark.parametrize("label", [0, 1])
+def test_under_jit_nan_costs_its_own_class_alone(name, label):
+    data, _ = make()
+    scorer = {
+        "spectral": scores.spectral(identity, num_classes=3),
+        "activation_clusters": scores.activation_clusters(identity, num_classes=3, num_components=3),
+    }[name]
+    value = jax.jit(lambda x: scorer(KEY, None, data._replace(x=x), mj.Known()))
+    own = np.asarray(data.y) == label
+    broken, whole = value(data.x.at[own, 2].set(jnp.nan))[~own], value(data.x)[~own]
+    np.testing.assert_allclose(broken, whole, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("n, d", [(100, 64), (300, 200)])
 @pytest.mark.parametrize("shape", ["gaussian", "relu"])
 def test_small_gaps_are_resolved(n, d, shape):

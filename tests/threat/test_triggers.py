@@ -63,6 +63,38 @@ def test_blend_and_additive_are_what_they_say():
     np.testing.assert_array_equal(striped[:, 1::2], IMAGES[:, 1::2])
 
 
+@pytest.mark.parametrize(
+    "trigger",
+    [
+        SQUARE,
+        threat.patch(jnp.full((2, 2, 3), 255.0), mask=jnp.full((2, 2), 0.5)),
+        threat.corners(jnp.ones((2, 2, 3))),
+        threat.blend(jnp.full((8, 7, 3), 255.0), opacity=0.5),
+        threat.stripes((8, 7, 3), amplitude=10 / 255),
+        threat.warp(KEY, (8, 7)),
+        threat.Overlay(jnp.full((8, 7), 0.5), jnp.ones((8, 7, 3))),
+    ],
+    ids=["patch", "masked", "corners", "blend", "stripes", "warp", "overlay"],
+)
+def test_bytes_are_refused(trigger):
+    images = (255 * IMAGES).astype(jnp.uint8)
+    with pytest.raises(ValueError, match=r"x: expected floating inputs, got uint8: scale images to \[0, 1\]"):
+        trigger(None, images)
+    if isinstance(trigger, threat.Trigger):
+        with pytest.raises(ValueError, match="got uint8"):
+            data = mj.dataset(images, jnp.arange(6))
+            attacks.badnets(trigger, num_poisons=2, relabel=threat.to_class(1))(KEY, data, mj.Known())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_a_warp_of_half_precision_is_that_of_the_same_pixels_in_float32(dtype):
+    images = jax.random.uniform(KEY, (1, 300, 4, 1)).astype(dtype)
+    trigger = threat.warp(KEY, (300, 4))
+    out = trigger(None, images)
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(out, trigger(None, images.astype(jnp.float32)).astype(dtype))
+
+
 def test_warp_is_scipys_bilinear_sampling_and_no_strength_is_the_identity():
     trigger = threat.warp(KEY, (8, 7), strength=1.5)
     out = np.asarray(trigger(None, IMAGES))
@@ -140,6 +172,8 @@ def test_success_is_asked_of_other_classes_only():
     [
         (lambda: threat.patch(jnp.ones((9, 2, 3)))(None, IMAGES), "fits images"),
         (lambda: threat.patch(jnp.ones((2, 2, 3)), at=(7, 0))(None, IMAGES), "place inside"),
+        (lambda: threat.patch(jnp.ones((2, 2, 3)), at=(1, 0, 0)), "at: expected two integers"),
+        (lambda: threat.patch(jnp.ones((2, 2, 3)), at=(1.5, 0)), "at: expected two integers"),
         (lambda: threat.patch(jnp.ones((2, 2))), "pattern"),
         (lambda: threat.patch(jnp.ones((2, 2, 1)))(None, IMAGES), "expected images"),
         (lambda: threat.patch(jnp.ones((2, 2, 3)), mask=jnp.ones((3, 2))), "mask"),
