@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mlsec_jax as mj
-from mlsec_jax import defenses, measure, scores
+from mlsec_jax import bilevel, defenses, losses, measure, scores
 
 KEY = jax.random.key(0)
 identity = lambda params, x, key=None: x
@@ -59,3 +59,27 @@ def test_labels_are_smoothed_in_float32(dtype):
     expected, same = predict(fit(KEY, None, single(data))[0], single(data).x)
     np.testing.assert_array_equal(label, expected)
     np.testing.assert_array_equal(info["log_error"], same["log_error"])
+
+
+@HALF
+@pytest.mark.parametrize("name", ["implicit", "lu", "glm", "kkt_svm"])
+def test_optima_are_solved_in_float32(name, dtype):
+    objective = losses.regularised(losses.logistic(bilevel.glm_apply), l2=0.1)
+    train = {
+        "implicit": bilevel.implicit(objective),
+        "lu": bilevel.implicit(objective, linear_solve=bilevel.lu()),
+        "glm": bilevel.glm(losses.logistic, l2=0.1),
+        "kkt_svm": bilevel.kkt_svm(C=0.1),
+    }[name]
+    apply_fn = bilevel.svm_apply(bilevel.linear()) if name == "kkt_svm" else bilevel.glm_apply
+
+    @jax.jit
+    def scores_of(data):
+        start = {"w": jnp.zeros(6, data.x.dtype), "b": jnp.zeros((), data.x.dtype)}
+        fit = lambda x: apply_fn(train(KEY, start, data._replace(x=x))[0], data.x).astype(jnp.float32)
+        return fit(data.x), jax.grad(lambda x: jnp.sum(jnp.tanh(fit(x))))(data.x)
+
+    (score, slope), (expected, other) = scores_of(rows(dtype)), scores_of(single(rows(dtype)))
+    assert slope.dtype == dtype
+    np.testing.assert_allclose(score, expected, atol=0.1)
+    assert np.corrcoef(np.ravel(slope.astype(jnp.float32)), np.ravel(other))[0, 1] > 0.98
