@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -47,6 +49,30 @@ def integer_labels(name: str, y: Any) -> None:
         raise ValueError(f"{name}: expected integer labels [n], got {y.dtype}{y.shape}.")
 
 
+def box(lo: Any, hi: Any) -> None:
+    """Raises unless `lo <= hi`; NaN fails. Tracers pass."""
+    if is_concrete((lo, hi)) and not np.all(np.asarray(lo) <= np.asarray(hi)):
+        raise ValueError(f"lo: expected at most hi, got {lo} and {hi}.")
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """What is raised about `data` in this context is told of the argument that the caller gave.
+
+    >>> with naming("known.goal"):
+    ...     labels("data.y", np.array([7]), np.ones(1), 2)
+    Traceback (most recent call last):
+    ...
+    ValueError: known.goal.y: expected labels in [0, 2), got 7 to 7.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("data."):
+            raise
+        raise ValueError(name + str(error).removeprefix("data")) from error
+
+
 def one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
     """Raises unless the value is one of the options."""
     if value not in options:
@@ -76,17 +102,20 @@ def rows(name: str, value: Any) -> Any:
     return array if array.size else array.astype(np.int32)
 
 
-def rows_within(name: str, chosen: Any, num_rows: int) -> None:
-    """Raises unless what `rows` gave are rows of data of `num_rows` rows. Tracers pass."""
+def rows_within(name: str, chosen: Any, num_rows: int, *, repeated: bool = False) -> None:
+    """Raises unless what `rows` gave are rows of data of `num_rows` rows, each once or `repeated`. Tracers pass."""
     if not is_concrete(chosen):
         return
-    if chosen.size > num_rows:
+    if chosen.size > num_rows and not repeated:
         raise ValueError(f"{name}: expected at most the {num_rows} rows of the data, got {chosen.size}.")
     bad = chosen[(chosen < -num_rows) | (chosen >= num_rows)].tolist()
     if bad:
         raise ValueError(
             f"{name}: expected rows of the data, {-num_rows} to {num_rows - 1} (threat.reserve appends some), got {bad}."
         )
+    found, times = np.unique(chosen % max(num_rows, 1), return_counts=True)
+    if np.any(times > 1) and not repeated:
+        raise ValueError(f"{name}: expected each row once, got {found[times > 1].tolist()} more than once.")
 
 
 def reserved(name: str, chosen: Any, weight: Any) -> None:

@@ -29,18 +29,21 @@ def cholesky_solve(matvec: Matvec, b: Any) -> Any:
     With b in A's range, so that a singular A is one whose null directions do nothing: `damped`, refined once.
     """
     flat, unravel = ravel_pytree(b)
-    matrix = dense(matvec, b)
+    wide = np.promote_types(flat.dtype, np.float32)
+    matrix, target = dense(matvec, b).astype(wide), flat.astype(wide)
     matrix = (matrix + matrix.T) / 2
     factor = jax.scipy.linalg.cho_factor(damped(matrix))
-    x = jax.scipy.linalg.cho_solve(factor, flat)
-    return unravel(x + jax.scipy.linalg.cho_solve(factor, flat - matrix @ x))
+    x = jax.scipy.linalg.cho_solve(factor, target)
+    x = x + jax.scipy.linalg.cho_solve(factor, target - matrix @ x)
+    return unravel(x.astype(flat.dtype))
 
 
 def damped(matrix: jax.Array) -> jax.Array:
-    """`A + 4 ε tr(A) I`, ε the machine's: regular for a positive semi-definite A.
+    """`A + 4 ε tr(A) I`, ε the machine's, in at least float32: regular for a positive semi-definite A.
 
     Such is the Hessian of a softmax with biases that no penalty holds: added to all of them a constant changes nothing.
     """
+    matrix = matrix.astype(np.promote_types(matrix.dtype, np.float32))  # half precision has no solver
     level = 4 * jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
     return matrix + level * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
@@ -48,7 +51,13 @@ def damped(matrix: jax.Array) -> jax.Array:
 def lu_solve(matvec: Matvec, b: Any) -> Any:
     """Solves `A x = b` for any regular map by forming A."""
     flat, unravel = ravel_pytree(b)
-    return unravel(jnp.linalg.solve(dense(matvec, b), flat))
+    return unravel(solve(dense(matvec, b), flat))
+
+
+def solve(matrix: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.linalg.solve` in at least float32; the answer has the dtype of b."""
+    wide = np.promote_types(b.dtype, np.float32)
+    return jnp.linalg.solve(matrix.astype(wide), b.astype(wide)).astype(b.dtype)
 
 
 def neumann_solve(matvec: Matvec, b: Any, *, num_terms: int, scale: Any) -> Any:
@@ -77,7 +86,16 @@ def nystrom_solve(key: jax.Array, matvec: Matvec, b: Any, *, rank: int, damping:
     damping = jnp.asarray(damping, flat.dtype)
     inner = damping * (core + core.T) / 2 + columns.T @ columns
     inner = inner + jnp.finfo(flat.dtype).eps * jnp.trace(inner) * jnp.eye(rank, dtype=flat.dtype)
-    return unravel((flat - columns @ jnp.linalg.solve(inner, columns.T @ flat)) / damping)
+    return unravel((flat - columns @ solve(inner, columns.T @ flat)) / damping)
+
+
+def turned(label: jax.Array, shift: Any, num_classes: int) -> jax.Array:
+    """`(label + shift) mod num_classes`, in the labels' dtype, which may be too narrow for the sum.
+
+    >>> turned(jnp.array([90], jnp.int8), 50, 100).tolist()
+    [40]
+    """
+    return ((label.astype(jnp.int32) + shift) % num_classes).astype(label.dtype)
 
 
 def project_simplex(v: jax.Array, total: Any = 1.0) -> jax.Array:

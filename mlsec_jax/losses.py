@@ -24,7 +24,7 @@ def soft_labels(y: jax.Array, num_classes: int, dtype: Any = None) -> jax.Array:
 def cross_entropy(apply_fn: ApplyFn) -> LossFn:
     """Softmax cross-entropy `-Σ_c y_c log softmax(f(x))_c`; labels integer `[n]` or soft `[n, c]`.
 
-    An integer label outside `[0, c)` raises where it can be seen, and costs NaN where it is traced; never 0.
+    An integer label outside `[0, c)` raises where it can be seen; traced, it costs NaN and so do the derivatives, never 0.
 
     >>> zero = lambda params, x, key=None: jnp.zeros((x.shape[0], 2))
     >>> from mlsec_jax.base import dataset
@@ -39,21 +39,18 @@ def cross_entropy(apply_fn: ApplyFn) -> LossFn:
         if data.y.ndim == 1 and not jnp.issubdtype(data.y.dtype, jnp.integer):
             raise ValueError(f"data.y: expected integer labels [n] or soft ones [n, c], got {data.y.dtype}{data.y.shape}.")
         log_p = jax.nn.log_softmax(logits)
-        num_classes = log_p.shape[-1]
-        target = soft_labels(data.y, num_classes, log_p.dtype).astype(log_p.dtype)
-        loss = -jnp.sum(log_p * target, axis=-1)
-        if data.y.ndim == 2:
-            return loss
-        checks.labels("data.y", data.y, data.weight, num_classes)
-        return loss * _known(data, num_classes, loss.dtype)
+        target = _indicator(data, log_p) if data.y.ndim == 1 else data.y.astype(log_p.dtype)
+        return -jnp.sum(log_p * target, axis=-1)
 
     return loss_fn
 
 
-def _known(data: Data, num_classes: int, dtype: Any) -> jax.Array:
-    """1 for absent rows and labels in `[0, num_classes)`, else NaN, which a factor passes on to every derivative."""
+def _indicator(data: Data, logits: jax.Array) -> jax.Array:
+    """Integer labels as `[n, c]`, like the logits; NaN, and so is every derivative, for a present row of a label outside."""
+    num_classes = logits.shape[-1]
+    checks.labels("data.y", data.y, data.weight, num_classes)
     fine = (data.weight <= 0) | ((data.y >= 0) & (data.y < num_classes))
-    return jnp.where(fine, jnp.ones((), dtype), jnp.nan)
+    return jnp.where(fine[:, None], jax.nn.one_hot(data.y, num_classes, dtype=logits.dtype), jnp.nan)
 
 
 def _signed(apply_fn: ApplyFn, params: Params, data: Data, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -101,15 +98,15 @@ def squared(apply_fn: ApplyFn) -> LossFn:
 
 
 def margin(apply_fn: ApplyFn, floor: float = -100.0) -> LossFn:
-    """Carlini-Wagner margin `max(max_{c≠y} f_c - f_y, floor)`: negative when the label is predicted."""
+    """Carlini-Wagner margin `max(max_{c≠y} f_c - f_y, floor)` of integer labels: negative when the label is predicted."""
 
     def loss_fn(params: Params, data: Data, key: jax.Array | None = None) -> jax.Array:
         logits = apply_fn(params, data.x, key)
-        checks.labels("data.y", data.y, data.weight, logits.shape[-1])
-        label = jax.nn.one_hot(data.y, logits.shape[-1], dtype=logits.dtype)
+        checks.integer_labels("data.y", data.y)
+        label = _indicator(data, logits)
         chosen = jnp.sum(logits * label, axis=-1)
         other = jnp.max(jnp.where(label > 0, -jnp.inf, logits), axis=-1)
-        return jnp.maximum(other - chosen, floor) * _known(data, logits.shape[-1], logits.dtype)
+        return jnp.maximum(other - chosen, floor)
 
     return loss_fn
 

@@ -99,6 +99,16 @@ def add_scaled(a: Any, scale: Any, b: Any) -> Any:
     return jax.tree.map(lambda u, v: u + (jnp.asarray(scale, u.dtype) * v.astype(u.dtype)), a, b)
 
 
+def all_finite(a: Any) -> jax.Array:
+    """Whether no entry of the tree is NaN or infinite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(a)]))
+
+
+def choose(condition: jax.Array, a: Any, b: Any) -> Any:
+    """The tree a where the scalar condition holds, else b."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), a, b)
+
+
 def take(tree: Any, rows: Any) -> Any:
     """The given rows of every leaf."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tree)

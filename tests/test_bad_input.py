@@ -30,7 +30,7 @@ def test_nan_in_data_is_refused_at_the_border():
 def test_labels_out_of_range_are_refused_or_poison_the_result():
     problem = problems.make()
     train = problem.train._replace(y=problem.train.y.at[0].set(7))
-    with pytest.raises(ValueError, match=r"data\.y: expected labels in \[0, 3\), got 0 to 7"):
+    with pytest.raises(ValueError, match=r"subject\.y: expected labels in \[0, 3\), got 0 to 7"):
         combine.run(attack(problem), KEY, train, problem.known, num_steps=1)
     jitted = jax.jit(lambda data: losses.empirical(problem.loss_fn)(problem.params, data))
     assert bool(jnp.isnan(jitted(train))) and not bool(jnp.isnan(jitted(problem.train)))
@@ -100,6 +100,56 @@ def test_drive_looks_at_the_data_before_it_compiles(change, match):
         drive(attack(problem), KEY, *change(problem.train, problem.known), num_steps=1)
 
 
+def starting_from(problem, x, y):
+    fresh = jax.tree.map(lambda leaf: leaf[: -problem.reserved.size], problem.train)
+    return threat.reserve(fresh, mj.dataset(x * jnp.ones((2, *fresh.x.shape[1:])), jnp.array(y)))
+
+
+@pytest.mark.parametrize(
+    "x,y,match",
+    [
+        (jnp.nan, [0, 1], r"subject\.x: expected finite values, got NaN or infinity in 2 rows"),
+        (0.5, [0, 9], r"subject\.y: expected labels in \[0, 3\), got 0 to 9"),
+    ],
+)
+def test_reserved_rows_are_looked_at_with_the_poisons_in_them(x, y, match):
+    problem = problems.make()
+    train = starting_from(problem, x, y)
+    with pytest.raises(ValueError, match=match):
+        attack(problem, threat.append_rows(2)).init(KEY, train, problem.known)
+
+
+def test_labels_of_the_goal_are_called_so():
+    problem = problems.make()
+    known = problem.known.replace(goal=problem.known.goal._replace(y=jnp.full_like(problem.known.goal.y, 9)))
+    with pytest.raises(ValueError, match=r"^known\.goal\.y: expected labels in \[0, 3\), got 9 to 9"):
+        attack(problem).init(KEY, problem.train, known)
+
+
+def test_integers_cannot_be_moved():
+    problem = problems.make()
+    images = problem.train._replace(x=(255 * problem.train.x).astype(jnp.uint8))
+    with pytest.raises(ValueError, match=r"subject\.x: expected floating inputs.*uint8"):
+        attack(problem).init(KEY, images, problem.known)
+
+
+@pytest.mark.parametrize("solver", [bilevel.newton, bilevel.lbfgs])
+@pytest.mark.parametrize("l1", [0.3, jnp.float32(0.3)])
+def test_a_smooth_solver_does_not_leave_out_l1(solver, l1):
+    line = lambda params, x, key=None: x @ params["w"]
+    rows = mj.dataset(jnp.ones((4, 2)), jnp.arange(4.0))
+    train = bilevel.implicit(losses.regularised(losses.squared(line), l1=l1), solver=solver())
+    with pytest.raises(ValueError, match=r"solver: expected proximal_gradient\(\)"):
+        train(KEY, {"w": jnp.zeros(2)}, rows)
+    reach = threat.perturb_rows([0])
+    attack = attacks.linear_regression(line, threat=reach, optimizer=attacks.unit_rows(0.1), l1=l1, solver=solver())
+    with pytest.raises(ValueError, match=r"solver: expected proximal_gradient\(\)"):
+        attack.init(KEY, rows, mj.Known(params={"w": jnp.zeros(2)}, goal=rows))
+
+
+SOFT = mj.dataset(jnp.zeros((3, 1)), jnp.eye(3))
+
+
 THREE = mj.dataset(jnp.zeros((3, 1)), jnp.array([0, 1, 2]))
 
 
@@ -159,6 +209,8 @@ def few_clean_rows():
         (lambda: three_classes(scores.slab()), r"labels \{0, 1\} or"),
         (lambda: losses.margin(lambda params, x, key=None: jnp.ones((3, 2)))(None, THREE), r"labels in \[0, 2\)"),
         (lambda: losses.hinge(lambda params, x, key=None: x)(None, THREE), r"labels \{0, 1\} or"),
+        (lambda: attacks.error_specific_goal(SOFT, source=1, target=0), r"holdout.y: expected integer labels \[n\]"),
+        (lambda: attacks.start_points(KEY, SOFT, 2, rule=attacks.swap(0, 1)), r"train.y: expected integer labels \[n\]"),
         (few_clean_rows, "at most the 20 rows of known.clean"),
         (lambda: threat.additive(jnp.full((2, 2, 1), 0.9), radius=8 / 255), "pattern: expected at most radius"),
         (lambda: threat.corners(jnp.ones((3, 3, 1)))(None, jnp.zeros((1, 4, 4, 1))), "four times side by side"),

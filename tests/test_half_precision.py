@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mlsec_jax as mj
-from mlsec_jax import bilevel, defenses, measure, scores, tree
+from mlsec_jax import bilevel, defenses, losses, measure, scores, tree
 
 KEY = jax.random.key(0)
 identity = lambda params, x, key=None: x
@@ -86,3 +86,26 @@ def test_gradients_are_clipped_and_added_in_float32(dtype):
     ascent = defenses.unlearning(until=1.0, clip_norm=0.5)(KEY, loss_fn, params, jax.tree.map(lambda leaf: leaf[:1], data))
     assert all(leaf.dtype == dtype for leaf in ascent)
     np.testing.assert_allclose(np.float64(ascent[7]), -clipped[0], rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["implicit", "lu", "glm", "kkt_svm"])
+def test_optima_are_solved_in_float32(name, dtype):
+    objective = losses.regularised(losses.logistic(bilevel.glm_apply), l2=0.1)
+    train = {
+        "implicit": bilevel.implicit(objective),
+        "lu": bilevel.implicit(objective, linear_solve=bilevel.lu()),
+        "glm": bilevel.glm(losses.logistic, l2=0.1),
+        "kkt_svm": bilevel.kkt_svm(C=0.1),
+    }[name]
+    apply_fn = bilevel.svm_apply(bilevel.linear()) if name == "kkt_svm" else bilevel.glm_apply
+
+    @jax.jit
+    def scores_of(data):
+        start = {"w": jnp.zeros(6, data.x.dtype), "b": jnp.zeros((), data.x.dtype)}
+        fit = lambda x: apply_fn(train(KEY, start, data._replace(x=x))[0], data.x).astype(jnp.float32)
+        return fit(data.x), jax.grad(lambda x: jnp.sum(jnp.tanh(fit(x))))(data.x)
+
+    (score, slope), (expected, other) = scores_of(rows(dtype)), scores_of(single(rows(dtype)))
+    assert slope.dtype == dtype
+    np.testing.assert_allclose(score, expected, atol=0.1)
+    assert np.corrcoef(np.ravel(slope.astype(jnp.float32)), np.ravel(other))[0, 1] > 0.98

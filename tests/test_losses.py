@@ -43,3 +43,20 @@ def test_biases_of_every_library_are_biases():
     names = ["b", "head/b", "params/bias", "params/bias/value"]
     assert not any(losses.not_bias(name, None) for name in names)
     assert all(losses.not_bias(name, None) for name in ["w", "params/kernel/value", "value"])
+
+
+@pytest.mark.parametrize("make", [losses.cross_entropy, losses.margin])
+def test_a_traced_label_that_is_no_class_makes_the_gradient_nan(make):
+    x = jnp.array([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+    slope = jax.jit(jax.grad(lambda w, y, weight: losses.empirical(make(linear))(w, mj.dataset(x, y, weight))))
+    bad, w = jnp.array([0, 1, 9]), jnp.ones((2, 3))
+    assert np.isnan(slope(w, bad, jnp.ones(3))).all()
+    absent = slope(w, bad, jnp.array([1.0, 1.0, 0.0]))
+    np.testing.assert_allclose(absent, slope(w, jnp.array([0, 1, 2]), jnp.array([1.0, 1.0, 0.0])))
+    assert np.isfinite(absent).all()
+
+
+@pytest.mark.parametrize("y", [jnp.array([0.0, 1.5, 2.0]), jnp.eye(3)])
+def test_a_margin_is_of_integer_labels(y):
+    with pytest.raises(ValueError, match=r"data.y: expected integer labels \[n\], got float32"):
+        losses.margin(linear)(jnp.eye(3), mj.dataset(jnp.eye(3), y))

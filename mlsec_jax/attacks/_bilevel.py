@@ -82,6 +82,22 @@ class BilevelState(NamedTuple):
     step: jax.Array
 
 
+def first_poison(threat: Threat, key: Key, subject: Data) -> tuple[Any, Data]:
+    """Where the poisons start, projected, and the data with them (as far as values can be seen, else the subject).
+
+    Raises unless the poisons are floating, and finite in the data.
+    """
+    poison = threat.init(key, subject)
+    for leaf in jax.tree.leaves(poison):
+        if not tree.is_float(leaf):
+            raise ValueError(f"subject.x: expected floating inputs, which an attack can move, got poisons of {leaf.dtype}.")
+    poison = threat.project(poison, subject)
+    data = threat.embed(poison, subject)
+    data = data if checks.is_concrete(data) else subject
+    checks.data("subject", data)
+    return poison, data
+
+
 def bilevel(
     outer: OuterFn,
     trainer: Any,
@@ -105,11 +121,12 @@ def bilevel(
       threat: the attacker's reach.
       optimizer: on the poison; `unit_rows(η)` is the literature's.
       order: `joint()` (default) or `greedy(steps_per_point)`; greedy needs a threat with rows that are appended.
-      fixed_key: train with one key throughout (w₀ and batch order fixed, or the objective jumps); False draws a fresh
-        key every step, for victims whose randomness is unknown.
+      fixed_key: train with `jax.random.key(0)` in every step, whatever the attack's key (w₀ and batch order fixed, or the
+        objective jumps); False draws a fresh key every step, for victims whose randomness is unknown.
 
     Returns:
-      An `Algorithm` on training `Data`; info: `outer`, `gradient_norm`, `step_norm`, `alive` (poison rows of positive
+      An `Algorithm` on training `Data`, whose `init` raises on NaN or labels out of range in the training set, the reserved
+      rows with the poisons in them, or the goal; info: `outer`, `gradient_norm`, `step_norm`, `alive` (poison rows of positive
       training weight whose gradient is not zero; 1 or 0 for a threat without rows), `finite` (whether the gradient is finite:
       where it is not, because training diverged, the poison and the optimizer's state stay as they were), `train` (the
       trainer's info).
@@ -139,9 +156,12 @@ def bilevel(
         goal, params = needed(known)
         if isinstance(goal, Data):
             checks.data("known.goal", goal)
+        poison, data = first_poison(threat, key, subject)
         if checks.is_concrete((subject, known)):  # the host border: what loss and trainer check of concrete data
-            jax.eval_shape(lambda start: outer(trainer(jax.random.key(0), start, subject)[0], subject, goal), params)
-        poison = threat.project(threat.init(key, subject), subject)
+            with checks.naming("subject"):
+                trained = jax.eval_shape(lambda start: trainer(jax.random.key(0), start, data)[0], params)
+            with checks.naming("known.goal"):
+                jax.eval_shape(lambda trained: outer(trained, data, goal), trained)
         return BilevelState(poison, optimizer.init(poison), jnp.zeros((), jnp.int32))
 
     def step(key: Key, state: BilevelState, subject: Data, known: Known) -> tuple[BilevelState, Info]:
@@ -168,9 +188,8 @@ def bilevel(
         if threat.rows is not None:
             moved = jax.tree.map(lambda new, old: jnp.where(tree.per_row(moving, new), new, old), moved, state.poison)
         # Training that diverges has a gradient that is not finite, which no projection brings back into the threat.
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradient)]))
-        rest = (state.poison, state.optimizer)
-        moved, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, opt_state), rest)
+        finite = tree.all_finite(gradient)
+        moved, opt_state = tree.choose(finite, (moved, opt_state), (state.poison, state.optimizer))
         report = {
             "outer": value,
             "gradient_norm": tree.norm(gradient),

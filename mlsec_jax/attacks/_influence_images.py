@@ -68,8 +68,9 @@ def influence_images(
 
     Threat: changes - the pixels of the threat's rows, labels stay; sees - the training set, the frozen network and the
     head's start (`known.params`, `Transferred`), the test images with their true labels (`known.goal`); budget - the
-    threat's: `perturb_rows(rows, radius=0.5 / 255)` keeps every image within the rounding of its 8-bit self; assumes -
-    the victim freezes the features and retrains the head to its optimum, on images that are not re-quantised.
+    threat's: `perturb_rows(rows, radius=0.499 / 255)` keeps every image within the rounding of its 8-bit self (at 0.5 a
+    pixel may round to its neighbour); assumes - the victim freezes the features and retrains the head to its optimum, on
+    images that are not re-quantised.
 
     Args:
       features_fn: `(params, x, key=None) -> [n, d]`.
@@ -107,8 +108,8 @@ def most_influential(
     References: Koh & Liang, ICML 2017, section 5.2.
     """
     checks.count("num_rows", num_rows, 1)
-    if num_rows > subject.num_rows:
-        raise ValueError(f"num_rows: expected at most the {subject.num_rows} rows of the data, got {num_rows}.")
+    if num_rows > checks.num_present(subject):
+        raise ValueError(f"num_rows: expected at most the {checks.num_present(subject)} present rows, got {num_rows}.")
     goal = known.require("goal", by="attacks.most_influential")
     params = known.require("params", by="attacks.most_influential")
 

@@ -18,8 +18,7 @@ from mlsec_jax.combine import ModelTransform
 
 
 def _check(subject: Data, num_flips: int, num_classes: int) -> None:
-    if subject.y.ndim != 1 or not jnp.issubdtype(subject.y.dtype, jnp.integer):
-        raise ValueError(f"subject.y: label flips need integer labels [n], got {subject.y.dtype}{subject.y.shape}.")
+    checks.integer_labels("subject.y", subject.y)
     checks.data("subject", subject)
     if checks.is_concrete(subject):
         present = np.asarray(subject.weight) > 0
@@ -56,12 +55,12 @@ def flip_random(*, num_flips: int, num_classes: int, stratify: bool = False) -> 
     def transform(key: Key, subject: Data, known: Known) -> tuple[Data, Info]:
         _check(subject, num_flips, num_classes)
         order_key, label_key = jax.random.split(key)
-        shift = jax.random.randint(label_key, subject.y.shape, 1, num_classes, subject.y.dtype)
+        shift = jax.random.randint(label_key, subject.y.shape, 1, num_classes, jnp.int32)
         score = jax.random.uniform(order_key, subject.y.shape)
         if stratify:  # the rank within the class as a share of the class: low shares come from all classes alike
             _, before, count = linalg.ranked(score, jnp.where(subject.weight > 0, subject.y, num_classes), num_classes)
             score = (before.astype(score.dtype) + score) / jnp.maximum(count[subject.y], 1).astype(score.dtype)
-        return _flip_lowest(subject, score, (subject.y + shift) % num_classes, num_flips)
+        return _flip_lowest(subject, score, linalg.turned(subject.y, shift, num_classes), num_flips)
 
     return transform
 
@@ -121,7 +120,8 @@ def flip_greedy(outer: OuterFn, trainer: Any, *, num_flips: int, num_classes: in
       over: the candidates' axis, `"map"` or `"vmap"`.
 
     Returns:
-      A `Transform`; info: `flipped [n]`, `outer [num_flips]`, the goal after each flip.
+      A `Transform`; info: `flipped [n]`, `outer [num_flips]`, the goal after each flip; infinite, and nothing is flipped,
+      where no row is left or every candidate's goal is NaN.
 
     References: Paudice, Muñoz-González & Lupu, 2018 (arXiv:1803.00992), algorithm 1. Deviates from the paper in: any
     number of classes; every row is a candidate.
@@ -134,12 +134,14 @@ def flip_greedy(outer: OuterFn, trainer: Any, *, num_flips: int, num_classes: in
         _check(subject, num_flips, num_classes)
         goal = known.require("goal", by="attacks.flip_greedy")
         start = known.require("params", by="attacks.flip_greedy")
+        if isinstance(goal, Data):
+            checks.data("known.goal", goal)
         n = subject.num_rows
         candidates = jnp.arange(n * (num_classes - 1))
 
         def relabel(y: jax.Array, candidate: jax.Array) -> jax.Array:
-            row, shift = candidate % n, (1 + candidate // n).astype(y.dtype)
-            return y.at[row].set((y[row] + shift) % num_classes)
+            row, shift = candidate % n, (1 + candidate // n).astype(jnp.int32)
+            return y.at[row].set(linalg.turned(y[row], shift, num_classes))
 
         def body(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
             y, flipped = carry
@@ -147,13 +149,14 @@ def flip_greedy(outer: OuterFn, trainer: Any, *, num_flips: int, num_classes: in
             def evaluate(candidate: jax.Array) -> jax.Array:
                 data = subject._replace(y=relabel(y, candidate))
                 params, _ = trainer(key, start, data)
-                return outer(params, data, goal)
+                with checks.naming("known.goal"):
+                    return outer(params, data, goal)
 
             values = tree.each(evaluate, candidates, over=over)
             taken = jnp.tile(flipped | (subject.weight <= 0), num_classes - 1)
             values = jnp.where(taken | jnp.isnan(values), jnp.inf, values)
             best = jnp.argmin(values)
-            free = jnp.any(~taken)
+            free = values[best] < jnp.inf
             y = jnp.where(free, relabel(y, best), y)
             return (y, flipped.at[best % n].set(flipped[best % n] | free)), values[best]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mlsec_jax import checks, loop, tree
+from mlsec_jax.attacks._bilevel import first_poison
 from mlsec_jax.base import Algorithm, Data, Info, Key, Known, LossFn, OuterFn, Params, Threat
 
 
@@ -72,12 +73,14 @@ def metapoison(
       over: the surrogates' axis, `"map"` or `"vmap"`.
 
     Returns:
-      An `Algorithm`; info: `outer` (mean over the step), `gradient_norm`, `epoch [M]`.
+      An `Algorithm`; info: `outer` (mean over the step), `gradient_norm`, `finite` (whether the gradient is: where it is
+      not, because a surrogate diverged, the poison and the optimizer's state stay as they were), `epoch [M]`.
 
     References: Huang et al., NeurIPS 2020, algorithm 1, eq. (3)-(4). Deviates from the paper in: no recolouring in LUV
     space; the margin's runner-up is a true maximum over the other classes.
     """
-    for name, value in (("num_surrogates", num_surrogates), ("num_epochs", num_epochs), ("unroll", unroll)):
+    sizes = {"batch_size": batch_size, "num_surrogates": num_surrogates, "num_epochs": num_epochs, "unroll": unroll}
+    for name, value in sizes.items():
         checks.count(name, value, 1)
     checks.one_of("over", over, ("map", "vmap"))
 
@@ -97,7 +100,7 @@ def metapoison(
         if isinstance(goal, Data):
             checks.data("known.goal", goal)
         threat_key, net_key, train_key = jax.random.split(key, 3)
-        poison = threat.project(threat.init(threat_key, subject), subject)
+        poison, _ = first_poison(threat, threat_key, subject)
         plan = plan_of(subject)
         given = known.surrogates
         population = num_surrogates if given is None else jax.tree.leaves(given)[0].shape[0]
@@ -124,7 +127,8 @@ def metapoison(
             num_slots = jax.tree.leaves(slots)[0].shape[0]
             for k in range(unroll):
                 net = plan.step(net, fixed, data if k == 0 else subject, tree.take(slots, (t + k) % num_slots))
-                value = outer(plan.read(net, fixed), data, goal)
+                with checks.naming("known.goal"):
+                    value = outer(plan.read(net, fixed), data, goal)
                 total = total.astype(value.dtype) + value
             return total / unroll
 
@@ -144,12 +148,14 @@ def metapoison(
         value, gradient = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), found)
         moved, opt_state = loop.apply_optimizer(optimizer, gradient, state.optimizer, state.poison)
         moved = threat.project(moved, subject)
+        finite = tree.all_finite(gradient)
+        moved, opt_state = tree.choose(finite, (moved, opt_state), (state.poison, state.optimizer))
         finished = state.epoch + 1 >= num_epochs
         fresh = spread(lambda m: plan.init(init_fn(jax.random.fold_in(net_key, m))), population)
         renew = lambda new, old: jnp.where(tree.per_row(finished, old), new, old)
         nets, fixed = jax.tree.map(renew, fresh, (nets, state.fixed))
         epoch = jnp.where(finished, 0, state.epoch + 1)
-        report = {"outer": value, "gradient_norm": tree.norm(gradient), "epoch": epoch}
+        report = {"outer": value, "gradient_norm": tree.norm(gradient), "finite": finite, "epoch": epoch}
         return MetaPoisonState(moved, opt_state, nets, fixed, epoch), report
 
     return Algorithm(init, step, lambda state, subject: threat.embed(state.poison, subject))

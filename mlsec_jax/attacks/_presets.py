@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlsec_jax import checks, losses, tree
+from mlsec_jax import checks, linalg, losses, tree
 from mlsec_jax.attacks._bilevel import Options, bilevel
 from mlsec_jax.base import Algorithm, Data, Key, LossFn
 
@@ -105,6 +105,7 @@ def error_specific_goal(holdout: Data, *, source: Any = 8, target: Any = 3, clea
     ([3, 3, 1], [1.0, 0.5, 0.5])
     """
     checks.at_least("clean_weight", clean_weight, 0)
+    checks.integer_labels("holdout.y", holdout.y)
     if checks.is_concrete((holdout, source)) and source not in np.asarray(holdout.y)[np.asarray(holdout.weight) > 0]:
         raise ValueError(f"source: expected a class that holdout has rows of, got {source}.")
     chosen = holdout.y == source
@@ -131,7 +132,7 @@ def swap(first: Any, second: Any) -> Rule:
 def random_other(num_classes: int) -> Rule:
     """The rule that draws uniformly among the other labels of `[0, num_classes)`."""
     checks.count("num_classes", num_classes, 2)
-    return lambda key, y: (y + jax.random.randint(key, y.shape, 1, num_classes, y.dtype)) % num_classes
+    return lambda key, y: linalg.turned(y, jax.random.randint(key, y.shape, 1, num_classes, jnp.int32), num_classes)
 
 
 def start_points(key: Key, train: Data, num_points: int, *, rule: Rule, classes: Sequence[int] | None = None) -> Data:
@@ -150,6 +151,7 @@ def start_points(key: Key, train: Data, num_points: int, *, rule: Rule, classes:
     References: Muñoz-González et al., AISec 2017, section 4 (cloned training points, labels flipped or swapped).
     """
     checks.count("num_points", num_points)
+    checks.integer_labels("train.y", train.y)
     row_key, label_key = jax.random.split(key)
     eligible = train.weight > 0
     if classes is not None:

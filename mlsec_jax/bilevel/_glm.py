@@ -124,6 +124,7 @@ def _rows_of(data: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Flat inputs, labels and weights; an absent row has the inputs 0 and a label that some row has."""
     rowed, there = losses.present(data), data.weight > 0
     x = rowed.x.reshape(rowed.x.shape[0], -1)
+    x = x.astype(np.promote_types(x.dtype, np.float32))  # half precision has no solver
     y = jnp.asarray(rowed.y)
     return x, jnp.where(there, y, y[jnp.argmax(there)]), data.weight.astype(x.dtype)
 

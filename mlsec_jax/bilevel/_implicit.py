@@ -61,10 +61,22 @@ def nystrom(rank: int, *, damping: Any, seed: int = 0) -> LinearSolve:
     return partial(linalg.nystrom_solve, jax.random.key(seed), rank=rank, damping=damping)
 
 
+def _smooth_only(objective: Objective) -> bool:
+    """Whether there is no L1 part, for sure."""
+    return isinstance(objective.l1, (int, float)) and objective.l1 == 0
+
+
+def _require_smooth(name: str, objective: Objective) -> None:
+    """Raises if there is an L1 part, which the named solver would leave out."""
+    if not _smooth_only(objective):
+        raise ValueError(f"solver: expected proximal_gradient() (the default) for an objective with l1, got {name}().")
+
+
 def lbfgs(*, num_steps: int = 500, tolerance: float = 1e-10, memory: int = 10) -> Solver:
-    """jaxopt's L-BFGS with its zoom line search."""
+    """jaxopt's L-BFGS with its zoom line search. An objective with l1 raises."""
 
     def solve(objective: Objective, params: Params, data: Data) -> tuple[Params, Info]:
+        _require_smooth("lbfgs", objective)
         solver = jaxopt.LBFGS(
             objective.smooth, maxiter=num_steps, tol=tolerance, history_size=memory, implicit_diff=False
         )
@@ -78,11 +90,12 @@ def newton(*, num_steps: int = 100, tolerance: float = 1e-12) -> Solver:
     """Newton's method with a dense Hessian and step halving; for convex objectives, quadratic convergence.
 
     Where no size of a step descends, because curvature has vanished in some direction, it goes on with `H + ‖∇‖ I`. It ends
-    early where only rounding is left to gain.
+    early where only rounding is left to gain. An objective with l1 raises.
     """
     checks.count("num_steps", num_steps)
 
     def solve(objective: Objective, params: Params, data: Data) -> tuple[Params, Info]:
+        _require_smooth("newton", objective)
         flat, unravel = ravel_pytree(params)
         value = lambda w: objective.smooth(unravel(w), data)
         gradient, hessian = jax.grad(value), jax.hessian(value)
@@ -90,7 +103,8 @@ def newton(*, num_steps: int = 100, tolerance: float = 1e-12) -> Solver:
         def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             w, g, k, careful, _ = carry
             ridge = jnp.where(careful, jnp.linalg.norm(g), 0) * jnp.eye(w.size, dtype=w.dtype)
-            step = jnp.linalg.solve(linalg.damped(hessian(w)) + ridge, g)
+            matrix = linalg.damped(hessian(w))
+            step = linalg.solve(matrix + ridge.astype(matrix.dtype), g)
             sizes = 0.5 ** jnp.arange(12, dtype=w.dtype)
             values = jax.lax.map(lambda size: value(w - size * step), sizes)
             start = value(w)
@@ -164,7 +178,7 @@ def implicit(
       A `Trainer`; info: `stationarity` (norm of the optimality residual), `objective`, and the solver's `num_steps`.
       Use float64 where the optimum matters: in float32 stationarity stalls near 1e-4 of the gradient's scale.
     """
-    smooth_only = isinstance(objective.l1, (int, float)) and objective.l1 == 0
+    smooth_only = _smooth_only(objective)
     solve_inner = solver or (newton() if smooth_only else proximal_gradient())
     solve_linear = linear_solve or cholesky()
 

@@ -14,7 +14,7 @@ from mlsec_jax.base import ApplyFn, Data, Info, Key, Params, Trainer
 from mlsec_jax.bilevel._kernels import Kernel, linear
 
 ZERO, MARGIN, BOUND, ABSENT = 0, 1, 2, -1  # the pattern: a = 0, 0 < a < cap, a = cap, a row of weight 0
-POLISH = 4  # active-set steps after the interior point; one is usual
+POLISH = 30  # active-set steps after the interior point at most; it ends when the pattern stays, as a rule after one
 
 
 class SVMParams(NamedTuple):
@@ -23,7 +23,7 @@ class SVMParams(NamedTuple):
     Attributes:
       coef: `[n]`, signed dual coefficients `y_i a_i`; 0 for rows that do not support.
       bias: scalar.
-      support: `[n, d]`, the training inputs themselves.
+      support: `[n, d]`, the training inputs themselves, in at least float32.
     """
 
     coef: jax.Array
@@ -36,7 +36,8 @@ def svm_apply(kernel: Kernel) -> ApplyFn:
 
     def apply_fn(params: SVMParams, x: jax.Array, key: Key | None = None) -> jax.Array:
         del key
-        return kernel(x.reshape(x.shape[0], -1), params.support) @ params.coef + params.bias
+        x = x.reshape(x.shape[0], -1).astype(np.promote_types(x.dtype, params.support.dtype))
+        return kernel(x, params.support) @ params.coef + params.bias
 
     return apply_fn
 
@@ -69,14 +70,16 @@ def kkt_svm(
       C: weight of the hinge losses, `½‖w‖² + C Σ_i w_i max(0, 1 - y_i f(x_i))`: scikit-learn's, with sample weights.
       bias: whether there is a free bias. False drops `Σ y_i a_i = 0` and keeps the bias at 0; with the kernel
         `K(a, b) + 1` the bias is then penalised like any weight, as in liblinear (scikit-learn's `LinearSVC`).
-      tolerance: of the interior point's complementarity; in float32 it stops at about 1e-6.
+      tolerance: of the interior point's complementarity, relative to the largest coefficient; in float32 it stops at about
+        1e-6.
       num_steps: its greatest number of steps (static); 15 to 25 are usual.
       ridge: added to K_SS, times the mean of K's diagonal. Duplicates among the margin vectors make K_SS singular;
         this keeps the solve finite and moves a regular one by less than 1e-12.
 
     Returns:
       A `Trainer` from `Data` with labels in {0, 1} or {-1, +1} to `SVMParams`, O(n³). Info: `stationarity` (the
-      largest violation of the KKT conditions), `objective` (primal), `num_margin`, `num_bound`, `num_steps`.
+      largest violation of the KKT conditions, coefficients relative to the largest one), `objective` (primal),
+      `num_margin`, `num_bound`, `num_steps`.
 
     Edge cases: rows of weight 0 are decoupled, their coefficient is 0. Without a margin vector the bias is free in an
     interval: its midpoint is taken, and its derivative is the midpoint's. With one class only, all coefficients are 0
@@ -98,7 +101,7 @@ def kkt_svm(
     def prepare(data: Data) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         checks.binary("data.y", data.y, data.weight)
         x = losses.present(data).x
-        x = x.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], -1).astype(np.promote_types(x.dtype, np.float32))  # half precision has no solver
         sign = jnp.where(data.y > 0, 1, -1).astype(x.dtype)
         cap = jnp.asarray(C, x.dtype) * data.weight.astype(x.dtype)
         return x, kernel(x, x), sign, cap
@@ -134,11 +137,21 @@ def kkt_svm(
 
 
 def _violation(free: bool, gram: jax.Array, sign: jax.Array, cap: jax.Array, coef: jax.Array, bias: jax.Array) -> jax.Array:
-    """The natural residual `max |a - clip(a - (y f - 1), 0, cap)|`, and `|Σ c|` if the bias is free; 0 at an optimum."""
+    """The natural residual `max |a - clip(a - m (y f - 1), 0, cap)| / m`, m the largest a, and `|Σ c| / m` if the bias is free.
+
+    It is 0 at an optimum, and the same in all units of the inputs.
+    """
     a = sign * coef
+    unit = _largest(a)
     gap = sign * (gram @ coef + bias) - 1
-    natural = jnp.where(cap > 0, jnp.abs(a - jnp.clip(a - gap, 0, cap)), 0)
-    return jnp.maximum(jnp.max(natural), jnp.abs(jnp.sum(coef))) if free else jnp.max(natural)
+    natural = jnp.where(cap > 0, jnp.abs(a - jnp.clip(a - unit * gap, 0, cap)), 0)
+    return (jnp.maximum(jnp.max(natural), jnp.abs(jnp.sum(coef))) if free else jnp.max(natural)) / unit
+
+
+def _largest(a: jax.Array) -> jax.Array:
+    """The largest coefficient, the unit of the others; 1 if all are 0."""
+    most = jnp.max(jnp.abs(a))
+    return jnp.where(most > 0, most, 1)
 
 
 def _kkt_matrix(free: bool, gram: jax.Array, margin: jax.Array, ridge: Any) -> jax.Array:
@@ -241,7 +254,7 @@ def _interior_point(
         good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in new]))
         a, b, z, v = (jnp.where(good, fresh, old) for fresh, old in zip(new, (a, b, z, v)))
         slope = q @ a - one + y * b - only(z) + only(v)
-        error = jnp.maximum(gap_of(a, top - a, z, v), jnp.max(jnp.abs(only(slope))))
+        error = jnp.maximum(gap_of(a, top - a, z, v) / _largest(only(a)), jnp.max(jnp.abs(only(slope))))
         return a, b, z, v, k + 1, jnp.where(good & (gap > 0), error, 0)
 
     def unfinished(carry: Any) -> jax.Array:
@@ -251,8 +264,9 @@ def _interior_point(
     first = jnp.maximum(jnp.max(jnp.abs(only(q @ half - one))), 1) * jnp.ones_like(top)
     begin = (half, jnp.zeros((), dtype), first, first, jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, dtype))
     a, b, z, v, steps, _ = jax.lax.while_loop(unfinished, body, begin)
+    size = _largest(only(a))  # multipliers are about 1, coefficients of that size
     # a row of tiny cap is close to both its ends: the nearer counts
-    pattern = jnp.where((a < z) & (a <= top - a), ZERO, jnp.where(top - a < v, BOUND, MARGIN))
+    pattern = jnp.where((a < size * z) & (a <= top - a), ZERO, jnp.where(top - a < size * v, BOUND, MARGIN))
     return jnp.where(here, pattern, ABSENT).astype(jnp.int32), only(a) * unit, b, steps
 
 
@@ -276,18 +290,19 @@ def _optimum(
     """`(coef, bias, pattern, steps)`: the interior point, then active-set steps; the least violation is kept."""
     pattern, a, b, steps = _interior_point(free, gram, sign, cap, tolerance, num_steps)
 
-    def body(_: int, carry: Any) -> Any:
-        best, best_violation, pattern = carry
+    def body(carry: Any) -> Any:
+        best, best_violation, pattern, k, _ = carry
         coef, bias = _on_pattern(free, gram, sign, cap, pattern, ridge)
         violation = _violation(free, gram, sign, cap, coef, bias)
         better = violation < best_violation
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (coef, bias, pattern), best)
         then = _pattern_of(gram, sign, cap, coef, bias, pattern)
-        return best, jnp.where(better, violation, best_violation), then
+        return best, jnp.where(better, violation, best_violation), then, k + 1, jnp.any(then != pattern)
 
     start = (sign * a, b, pattern)
     violation = _violation(free, gram, sign, cap, sign * a, b)
-    (coef, bias, pattern), _, _ = jax.lax.fori_loop(0, POLISH, body, (start, violation, pattern))
+    begin = (start, violation, pattern, jnp.zeros((), jnp.int32), jnp.asarray(True))
+    (coef, bias, pattern), *_ = jax.lax.while_loop(lambda carry: carry[4] & (carry[3] < POLISH), body, begin)
     return coef, bias, pattern, steps
 
 

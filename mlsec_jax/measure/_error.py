@@ -13,13 +13,13 @@ from mlsec_jax.measure._interval import wilson
 
 
 def _labels(name: str, values: jax.Array) -> jax.Array:
-    """Integer labels `[n]` as they are; logits, probabilities or soft labels `[n, c]` by their largest entry, -1 with NaN."""
+    """Integer labels `[n]`; logits, probabilities or soft labels `[n, c]` by their largest entry, -1 with NaN."""
     values = jnp.asarray(values)
     if values.ndim == 2 and values.shape[1] > 1:
-        return jnp.where(jnp.any(jnp.isnan(values), axis=1), -1, jnp.argmax(values, axis=1))
+        return jnp.where(jnp.any(jnp.isnan(values), axis=1), -1, jnp.argmax(values, axis=1).astype(jnp.int32))
     if values.ndim != 1 or not jnp.issubdtype(values.dtype, jnp.integer):
         raise ValueError(f"{name}: expected integer [n] or real [n, c], c > 1, got {values.dtype} of shape {values.shape}.")
-    return values
+    return values.astype(jnp.int32)  # unsigned labels would make 255 of -1
 
 
 def _compared(predicted: jax.Array, data: base.Data) -> tuple[jax.Array, jax.Array]:
@@ -27,7 +27,7 @@ def _compared(predicted: jax.Array, data: base.Data) -> tuple[jax.Array, jax.Arr
     predicted, true = _labels("predicted", predicted), _labels("data.y", data.y)
     if predicted.shape != true.shape:
         raise ValueError(f"predicted and data.y: expected as many rows, got {predicted.shape} and {true.shape}.")
-    return predicted.astype(true.dtype), true
+    return predicted, true
 
 
 def accuracy(predicted: jax.Array, data: base.Data) -> jax.Array:

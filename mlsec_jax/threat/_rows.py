@@ -17,11 +17,14 @@ def reserve(data: Data, start: Data) -> Data:
 
     Args:
       data: the clean training set, n rows.
-      start: k rows `(x, y)`; their weights are ignored.
+      start: k rows `(x, y)` of the same structure and shapes; their weights are ignored.
 
     Returns:
       `Data` of n + k rows; the last k are absent until a threat embeds them.
     """
+    expected, got = (jax.tree.map(lambda leaf: jnp.shape(leaf)[1:], (rows.x, rows.y)) for rows in (data, start))
+    if expected != got:
+        raise ValueError(f"start: expected rows like data's, (x, y) of shapes {expected}, got {got}.")
     for a, b in zip(*(jax.tree.leaves((rows.x, rows.y)) for rows in (data, start)), strict=True):
         if not tree.is_float(a) and checks.is_concrete(b) and np.any(np.asarray(b) != np.asarray(b).astype(a.dtype)):
             raise ValueError(f"start: expected numbers that {a.dtype} can hold, as the data's are, got {b.dtype}.")
@@ -46,8 +49,7 @@ def append_rows(rows: Any, *, lo: Any = 0.0, hi: Any = 1.0) -> Threat:
       A `Threat` whose poison is `[k, ...]`.
     """
     rows = checks.rows("rows", rows)
-    if checks.is_concrete((lo, hi)) and np.any(np.asarray(lo) > np.asarray(hi)):
-        raise ValueError(f"lo: expected at most hi, got {lo} and {hi}.")
+    checks.box(lo, hi)
 
     def where(data: Data) -> Any:
         checks.rows_within("rows", rows, data.num_rows)
@@ -96,6 +98,7 @@ def perturb_rows(
     checks.at_least("radius", radius, 0)
     checks.at_least("noise", noise, 0)
     checks.one_of("norm", norm, ("linf", "l2"))
+    checks.box(lo, hi)
 
     def init(key: Key, data: Data) -> Any:
         checks.rows_within("rows", rows, data.num_rows)

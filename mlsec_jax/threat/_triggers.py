@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlsec_jax import checks, tree
+from mlsec_jax import checks, linalg, tree
 from mlsec_jax.base import Data, Key, Threat
 
 Relabel = Callable[[jax.Array], jax.Array]  # labels -> the labels that triggered rows get
@@ -282,7 +282,7 @@ def to_class(target: int) -> Relabel:
 def to_next(num_classes: int) -> Relabel:
     """A triggered row of class y gets the label `(y + 1) mod num_classes` (all-to-all)."""
     checks.count("num_classes", num_classes, 2)
-    return lambda y: (y + 1) % num_classes if y.ndim == 1 else jnp.roll(y, 1, axis=1)
+    return lambda y: linalg.turned(y, 1, num_classes) if y.ndim == 1 else jnp.roll(y, 1, axis=1)
 
 
 def backdoor(
@@ -313,7 +313,7 @@ def backdoor(
     places = jnp.asarray(filled, jnp.int32)
 
     def embed(pattern: Any, data: Data) -> Data:
-        checks.rows_within("rows", rows, data.num_rows)
+        checks.rows_within("rows", rows, data.num_rows, repeated=into is not None)
         checks.rows_within("into", filled, data.num_rows)
         if into is not None:
             checks.reserved("into", filled, data.weight)

@@ -119,5 +119,7 @@ def test_selection_skips_absent_rows_and_refuses_too_many(trainer, pair):
     assert set(np.asarray(rows)) == set(np.argsort(-np.asarray(info["score"]))[:3])
     absent, _ = pick(train._replace(weight=train.weight.at[rows[0]].set(0), x=train.x.at[rows[0]].set(jnp.nan)))
     assert int(rows[0]) not in np.asarray(absent)
-    with pytest.raises(ValueError, match="num_rows"):
-        attacks.most_influential(None, outer_of(), whole, train, known, num_rows=21)
+    few = train._replace(weight=train.weight.at[1:].set(0))
+    for data, num_rows in ((train, train.num_rows + 1), (few, 2)):
+        with pytest.raises(ValueError, match=r"num_rows: expected at most the .* present rows"):
+            attacks.most_influential(None, outer_of(), whole, data, known, num_rows=num_rows)

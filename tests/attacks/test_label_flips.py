@@ -182,3 +182,34 @@ def test_stratified_flips_rank_within_their_class_in_linear_memory():
         share[rows] = (ranks + score[rows]) / np.float32(rows.size)
     expected = np.isin(np.arange(n), np.argsort(share)[:budget])
     np.testing.assert_array_equal(jax.jit(act)(data)[1]["flipped"], expected)
+
+
+@pytest.mark.parametrize("dtype,num_classes", [(jnp.int8, 100), (jnp.uint8, 200)])
+def test_every_other_class_is_drawn_where_eight_bits_hold_the_labels(dtype, num_classes):
+    data, key = mj.dataset(jnp.zeros((4000, 1)), jnp.full(4000, num_classes - 10, dtype)), jax.random.key(0)
+    flipped = attacks.flip_random(num_flips=4000, num_classes=num_classes)(key, data, mj.Known())[0].y
+    for after in (flipped, attacks.random_other(num_classes)(key, data.y)):
+        assert after.dtype == dtype
+        assert set(after.tolist()) == set(range(num_classes)) - {num_classes - 10}
+
+
+def test_greedy_flips_nothing_where_no_candidate_gives_a_number():
+    data = blobs(8)._replace(weight=jnp.ones(8).at[0].set(0))
+    start = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    diverging = bilevel.unrolled(LOSS, optax.sgd(jnp.nan), 2)
+    flip = attacks.flip_greedy(losses.availability(LOSS), diverging, num_flips=2, num_classes=2)
+    flipped, info = flip(jax.random.key(0), data, mj.Known(params=start, goal=data))
+    np.testing.assert_array_equal(flipped.y, data.y)
+    assert not info["flipped"].any() and np.isinf(info["outer"]).all()
+    with pytest.raises(ValueError, match=r"known\.goal\.x: expected finite values"):
+        flip(jax.random.key(0), data, mj.Known(params=start, goal=data._replace(x=jnp.full_like(data.x, jnp.nan))))
+
+
+def test_greedy_flips_stop_with_the_present_rows():
+    data = blobs(4)._replace(weight=jnp.array([0.0, 1.0, 1.0, 1.0]))
+    start = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    outer = lambda params, rows, goal: jnp.where(rows.y[1] != data.y[1], jnp.nan, 0.0)  # the first flip of row 1 ends it
+    flip = attacks.flip_greedy(outer, TRAINER, num_flips=3, num_classes=2)
+    flipped, info = flip(jax.random.key(0), data, mj.Known(params=start, goal=data))
+    np.testing.assert_array_equal(flipped.y != data.y, [False, False, True, True])
+    np.testing.assert_array_equal(info["outer"], [0, 0, np.inf])

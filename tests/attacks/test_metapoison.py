@@ -148,3 +148,19 @@ def test_vmap_over_surrogates_is_the_map_and_zero_budget_is_the_input(problem, c
     mapped, batched = craft(rows)
     np.testing.assert_allclose(mapped, batched, atol=1e-3)
     np.testing.assert_array_equal(crafted["none"][0].x, train.x)
+
+
+def test_surrogates_that_diverge_leave_the_poisons_as_they_were(problem):
+    train, rows, goal_of = problem
+    attack = attacks.metapoison(
+        OUTER, LOSS, init_fn, threat=threat.perturb_rows(rows[:2], radius=0.3), optimizer=optax.adam(0.05),
+        inner_optimizer=optax.sgd(jnp.inf), batch_size=60, num_surrogates=1, num_epochs=1,
+    )
+    state, infos = combine.run(attack, jax.random.key(0), train, mj.Known(goal=goal_of(2)), num_steps=2)
+    assert not infos["finite"].any()
+    np.testing.assert_array_equal(state.poison, train.x[rows[:2]])
+
+
+def test_an_epoch_has_batches():
+    with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1, got 0"):
+        attack_of([0], batch_size=0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 from sklearn.svm import SVC, LinearSVC
 
 from mlsec_jax import bilevel, losses
@@ -215,3 +216,46 @@ def test_without_a_bias_and_rows_of_tiny_weight():
     np.testing.assert_allclose(theta, np.append(peer.coef_[0], peer.intercept_), atol=1e-5)
     violated = (2 * y - 1) * (x @ theta[:-1] + theta[-1]) < 0.99
     np.testing.assert_allclose(np.abs(params.coef)[violated], 0.2 * w[violated], rtol=1e-9)
+
+
+def digits(first, second, scale):
+    x, y = load_digits(return_X_y=True)
+    chosen = np.isin(y, [first, second])
+    return x[chosen][:100] * scale, (y[chosen][:100] == first).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    "pair,scale,C,degree", [((0, 1), 255 / 16, 1.0, 1), ((0, 1), 1 / 16, 100.0, 3), ((4, 9), 1 / 16, 100.0, 3)]
+)
+def test_coefficients_far_below_the_cap_are_told_apart(pair, scale, C, degree):
+    """Inputs of 0 to 255, or a kernel of large values: the coefficients are 1e-6 of C."""
+    x, y = digits(*pair, scale)
+    kernel = bilevel.polynomial(degree, 1.0)
+
+    def margins(x):
+        params, info = bilevel.kkt_svm(kernel=kernel, C=C)(KEY, None, dataset(x, y))
+        return jnp.sum(jnp.tanh(bilevel.svm_apply(kernel)(params, jnp.asarray(x_new)))), (params, info)
+
+    x_new = x[:40] + scale * np.random.default_rng(0).normal(size=(40, 64))
+    both = jax.jit(jax.value_and_grad(margins, has_aux=True))
+    (_, (params, info)), gradient = both(x)
+    peer = SVC(C=C, kernel="poly", degree=degree, coef0=1.0, gamma=1.0, tol=1e-8).fit(x, y)
+    assert info["num_margin"] == peer.n_support_.sum() and info["stationarity"] < 1e-12
+    np.testing.assert_allclose(bilevel.svm_apply(kernel)(params, x_new), peer.decision_function(x_new), rtol=1e-4, atol=1e-4)
+    direction, h = scale * np.random.default_rng(1).normal(size=x.shape), 1e-6
+    difference = (both(x + h * direction)[0][0] - both(x - h * direction)[0][0]) / (2 * h)
+    np.testing.assert_allclose(jnp.vdot(gradient, direction), difference, rtol=1e-5)
+
+
+@pytest.mark.parametrize("C", [1e3, 1e8])
+def test_a_large_c_is_the_hard_margin(C):
+    """Blobs around 8 and -8: two rows at distance d support, and w is the vector between them over d² / 2."""
+    rng = np.random.default_rng(1)
+    x, y = np.vstack([rng.normal(size=(20, 3)) + 8, rng.normal(size=(20, 3)) - 8]), np.repeat([1, 0], 20).astype(np.int32)
+    params, info = bilevel.kkt_svm()(KEY, None, dataset(x, y, np.full(40, C)))
+    apart = x[:20, None] - x[None, 20:]
+    first, second = np.unravel_index(np.argmin(np.sum(apart**2, axis=-1)), (20, 20))
+    w = 2 * apart[first, second] / np.sum(apart[first, second] ** 2)
+    assert info["num_margin"] == 2 and info["stationarity"] < 1e-12
+    np.testing.assert_allclose(params.coef @ x, w, rtol=1e-10)
+    assert np.min((2 * y - 1) * (x @ w + float(params.bias))) > 1 - 1e-10

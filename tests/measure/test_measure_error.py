@@ -127,3 +127,14 @@ def test_paired_edges():
         measure.mcnemar([1, 0], [0, 1])
     with pytest.raises(ValueError, match="alternative: expected one of"):
         measure.sign_test([1], [2], alternative="less")
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int32])
+def test_a_row_of_nan_is_missing_from_no_count_whatever_the_labels_dtype(dtype):
+    data = base.dataset(jnp.zeros((4, 1)), jnp.array([0, 0, 1, 1], dtype))
+    logits = jnp.eye(2)[jnp.array([0, 0, 1, 1])].at[1].set(jnp.nan)
+    counts = jax.jit(lambda logits: measure.confusion(logits, data, 2))(logits)
+    assert np.isnan(counts[0]).any() and counts[1].tolist() == [0, 2]
+    assert measure.error(logits, data) == 0.25
+    with pytest.raises(ValueError, match="predicted: expected between 0 and 1"):
+        measure.confusion(logits, data, 2)

@@ -39,3 +39,44 @@ def test_a_box_has_an_inside_and_reserved_rows_keep_their_numbers():
         with pytest.raises(ValueError, match="start: expected numbers that"):
             threat.reserve(images, start)
     assert threat.reserve(images, mj.dataset(jnp.full((1, 3), 7.0), jnp.array([1.0]))).x[2, 0] == 7
+
+
+@pytest.mark.parametrize("make", [threat.append_rows, threat.perturb_rows])
+def test_rows_are_named_once_and_boxes_are_boxes(make):
+    rows = mj.dataset(jnp.zeros((4, 2)), jnp.zeros(4, jnp.int32), jnp.array([1.0, 1.0, 0.0, 0.0]))
+    for twice in ([2, 2], [3, -1]):
+        with pytest.raises(ValueError, match="rows: expected each row once, got"):
+            make(twice).init(jax.random.key(0), rows)
+    for lo, hi in ((1.0, 0.0), (jnp.nan, 1.0), (jnp.array([0.0, 2.0]), 1.0)):
+        with pytest.raises(ValueError, match="lo: expected at most hi"):
+            make([2], lo=lo, hi=hi)
+
+
+def test_a_row_may_be_stamped_twice_into_reserved_rows():
+    rows = mj.dataset(jnp.zeros((4, 2)), jnp.zeros(4, jnp.int32), jnp.array([1.0, 1.0, 0.0, 0.0]))
+    trigger = threat.additive(jnp.full(2, 0.5), radius=1.0)
+    embed = lambda into: threat.backdoor(trigger, [0, 0], relabel=threat.to_class(1), into=into).embed(trigger.pattern, rows)
+    assert embed([2, 3]).weight.tolist() == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match="into: expected each row once"):
+        embed([2, 2])
+
+
+STARTS = {
+    "another width": ({"a": jnp.zeros((1, 3))}, jnp.array([0])),
+    "soft labels": ({"a": jnp.zeros((1, 2))}, jnp.zeros((1, 2))),
+    "an array": (jnp.zeros((1, 2)), jnp.array([0])),
+    "one array more": ({"a": jnp.zeros((1, 2)), "b": jnp.zeros((1, 2))}, jnp.array([0])),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_what_is_reserved_is_like_the_data(name):
+    with pytest.raises(ValueError, match="start: expected rows like data's"):
+        threat.reserve(mj.dataset({"a": jnp.zeros((3, 2))}, jnp.zeros(3, jnp.int32)), mj.dataset(*STARTS[name]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])
+def test_the_next_label_fits_into_eight_bits(dtype):
+    labels = jnp.array([126, 127, 0], dtype)
+    after = threat.to_next(128)(labels)
+    assert after.tolist() == [127, 0, 1] and after.dtype == dtype
