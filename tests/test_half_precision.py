@@ -88,6 +88,7 @@ def test_gradients_are_clipped_and_added_in_float32(dtype):
     np.testing.assert_allclose(np.float64(ascent[7]), -clipped[0], rtol=2**-8, atol=1e-5)
 
 
+@HALF
 @pytest.mark.parametrize("name", ["implicit", "lu", "glm", "kkt_svm"])
 def test_optima_are_solved_in_float32(name, dtype):
     objective = losses.regularised(losses.logistic(bilevel.glm_apply), l2=0.1)
