@@ -49,6 +49,12 @@ def integer_labels(name: str, y: Any) -> None:
         raise ValueError(f"{name}: expected integer labels [n], got {y.dtype}{y.shape}.")
 
 
+def single_labels(name: str, y: Any) -> None:
+    """Raises unless there is one label a row, `[n]`, of whatever kind: -1 and 1 may be floats."""
+    if y.ndim != 1:
+        raise ValueError(f"{name}: expected one label a row, [n], got shape {y.shape}.")
+
+
 def box(lo: Any, hi: Any) -> None:
     """Raises unless `lo <= hi`; NaN fails. Tracers pass."""
     if is_concrete((lo, hi)) and not np.all(np.asarray(lo) <= np.asarray(hi)):
@@ -113,7 +119,7 @@ def rows_within(name: str, chosen: Any, num_rows: int, *, repeated: bool = False
         raise ValueError(
             f"{name}: expected rows of the data, {-num_rows} to {num_rows - 1} (threat.reserve appends some), got {bad}."
         )
-    found, times = np.unique(chosen % max(num_rows, 1), return_counts=True)
+    found, times = np.unique(np.asarray(chosen, np.int64) % max(num_rows, 1), return_counts=True)
     if np.any(times > 1) and not repeated:
         raise ValueError(f"{name}: expected each row once, got {found[times > 1].tolist()} more than once.")
 

@@ -105,7 +105,7 @@ def error_specific_goal(holdout: Data, *, source: Any = 8, target: Any = 3, clea
     ([3, 3, 1], [1.0, 0.5, 0.5])
     """
     checks.at_least("clean_weight", clean_weight, 0)
-    checks.integer_labels("holdout.y", holdout.y)
+    checks.single_labels("holdout.y", holdout.y)
     if checks.is_concrete((holdout, source)) and source not in np.asarray(holdout.y)[np.asarray(holdout.weight) > 0]:
         raise ValueError(f"source: expected a class that holdout has rows of, got {source}.")
     chosen = holdout.y == source
@@ -140,7 +140,7 @@ def start_points(key: Key, train: Data, num_points: int, *, rule: Rule, classes:
 
     Args:
       key: draws rows, then labels.
-      train: the training set, integer labels; rows of weight 0 are never drawn.
+      train: the training set, one label a row; rows of weight 0 are never drawn.
       num_points: static. If fewer rows are eligible, they are used again.
       rule: `swap(3, 8)`, `random_other(num_classes)`, or any `(key, y) -> y'`.
       classes: draw rows of these classes only; None for all.
@@ -151,7 +151,7 @@ def start_points(key: Key, train: Data, num_points: int, *, rule: Rule, classes:
     References: Muñoz-González et al., AISec 2017, section 4 (cloned training points, labels flipped or swapped).
     """
     checks.count("num_points", num_points)
-    checks.integer_labels("train.y", train.y)
+    checks.single_labels("train.y", train.y)
     row_key, label_key = jax.random.split(key)
     eligible = train.weight > 0
     if classes is not None:

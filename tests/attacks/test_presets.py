@@ -152,6 +152,16 @@ def test_goals_keep_their_shape_and_weigh(split):
         attacks.error_specific_goal(holdout, source=11)
 
 
+@pytest.mark.parametrize("labels", [[-1.0, 1.0], [False, True]])
+def test_labels_that_are_signs_or_flags_are_swapped(labels):
+    y = jnp.asarray(labels)[jnp.array([0, 1, 1, 0])]
+    rows = mj.dataset(jnp.arange(4.0)[:, None], y)
+    starts = attacks.start_points(jax.random.key(0), rows, 4, rule=attacks.swap(*labels))
+    np.testing.assert_array_equal(starts.y, jnp.where(y == labels[0], *labels[::-1])[starts.x[:, 0].astype(int)])
+    goal = attacks.error_specific_goal(rows, source=labels[1], target=labels[0])
+    assert (goal.y == labels[0]).all() and goal.y.dtype == y.dtype
+
+
 def test_start_points_copy_present_rows_of_the_classes(split):
     train, _, _ = split
     train = train._replace(weight=train.weight.at[::2].set(0))

@@ -80,3 +80,9 @@ def test_the_next_label_fits_into_eight_bits(dtype):
     labels = jnp.array([126, 127, 0], dtype)
     after = threat.to_next(128)(labels)
     assert after.tolist() == [127, 0, 1] and after.dtype == dtype
+
+
+def test_rows_of_a_narrow_dtype_are_rows_of_many():
+    data = mj.dataset(np.zeros((400, 2)), np.zeros(400, np.int32))
+    reach = threat.perturb_rows(np.array([3, 200], np.uint8), radius=0.1)
+    assert reach.embed(reach.init(jax.random.key(0), data), data).x.shape == (400, 2)
